@@ -1,0 +1,81 @@
+"""One process or many: the device, the ranks, the gather, who prints.
+
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them everything here is the one-process case and does nothing.
+NCCL on CUDA, gloo elsewhere."""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init(device: str = "auto") -> torch.device:
+    """Join the other ranks, if any, and pick this rank's device.  device: 'auto' (CUDA, then MPS, then CPU) or a
+    torch device name.  Raises ValueError for a device that this machine does not have."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(*words) -> None:
+    """print() on rank 0 only."""
+    if is_main():
+        print(*words, flush=True)
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End a script on a user's mistake: one line on stderr, exit code 2, no traceback."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    finish()
+    raise SystemExit(code)
+
+
+def all_gather(x: Tensor) -> tuple[Tensor, int]:
+    """Concatenate x of all ranks along dimension 0, without gradient; every rank must bring the same shape.
+
+    Returns ((W*B, ...), where this rank's rows begin)."""
+    if not dist.is_initialized():
+        return x.detach(), 0
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, x.detach().contiguous())
+    return torch.cat(out), dist.get_rank() * len(x)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of x over the ranks, without gradient; x itself stays as it is."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """Mean of x over the ranks, without gradient."""
+    return all_sum(x) / world_size()

@@ -1,0 +1,158 @@
+"""Proves: the ViT is timm's, weight for weight, at any size; intermediate outputs, registers, overlap and attention are
+what they say; heads, momentum teacher and EMA do what the paper says."""
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+
+from model import (ARCHS, MMC, DropPath, ViT, contrastive_head, ema_update, momentum_teacher, patchify,
+                   sincos_pos_embed, unpatchify, vit)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Ours and timm's with the same random weights, positions and gains well away from zero."""
+    torch.manual_seed(0)
+    ours = vit("vit_t", 224, 16).eval()
+    for p in ours.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    theirs.load_state_dict(ours.state_dict())                          # strict: the names are timm's
+    return ours, theirs
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 96), (288, 288), (128, 208)])
+def test_forward_equals_timm(pair, size, monkeypatch):
+    ours, theirs = pair
+    def without_antialias(*args, **kwargs):
+        return resample_abs_pos_embed(*args, **kwargs | {"antialias": False})
+    monkeypatch.setattr("timm.models.vision_transformer.resample_abs_pos_embed", without_antialias)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs.forward_features(x), atol=2e-4)
+
+
+def test_intermediate_counts_blocks_from_one(pair):
+    ours, theirs = pair
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        third, last = ours.intermediate(x, [3, -1])
+        expected = theirs.forward_intermediates(x, indices=[2], output_fmt="NLC", intermediates_only=True)[0]
+        assert third.shape == (1, 17, 192)
+        assert torch.allclose(ours.norm(last), ours(x), atol=1e-5)
+        assert torch.allclose(ours.intermediate(x, [12], norm=True)[0], ours(x), atol=1e-5)
+    assert expected.shape == (1, 16, 192)
+    for wrong in ([0], [13], [-13]):
+        with pytest.raises(ValueError, match="1 ... 12"):
+            ours.intermediate(x, wrong)
+
+
+def test_attention_is_that_of_cls():
+    torch.manual_seed(0)
+    m = ViT(32, 8, 32, 2, 4, reg_tokens=3).eval()
+    x = torch.randn(2, 3, 32, 48)
+    a = m.attention(x)
+    assert a.shape == (2, 4, 24) and (a >= 0).all() and (a.sum(-1) < 1).all()
+    block = m.blocks[0]
+    q, k, _ = (t.reshape(2, -1, 4, 8) for t in block.attn.qkv(block.norm1(m.embed(x))).chunk(3, -1))
+    plain = (torch.einsum("bhc,bthc->bht", q[:, 0], k) / 8 ** 0.5).softmax(-1)[:, :, 4:]
+    assert torch.allclose(m.attention(x, 1), plain, atol=1e-6)
+
+
+def test_registers_layerscale_and_tokens():
+    m = ViT(32, 8, 32, 2, 4, init_values=0.1, reg_tokens=2).eval()
+    assert m(torch.randn(1, 3, 32, 32)).shape == (1, 1 + 2 + 16, 32) and m.num_prefix_tokens == 3
+    assert m.pos_embed.shape == (1, 17, 32) and "blocks.1.ls2.gamma" in m.state_dict()
+
+
+def test_overlapping_patches():
+    m = ViT(32, 8, 32, 1, 4).eval()
+    x = torch.randn(1, 3, 32, 32)
+    m.patch_embed.stride = 4
+    dense = m.patch_embed(x).transpose(1, 2).view(1, 32, 7, 7)
+    m.patch_embed.stride = 8
+    assert torch.allclose(dense[:, :, ::2, ::2].flatten(2).transpose(1, 2), m.patch_embed(x), atol=1e-5)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        vit("vit_t")(torch.zeros(1, 3, 224, 230))
+    with pytest.raises(ValueError, match="vit_x"):
+        vit("vit_x")
+
+
+def test_names_and_widths():
+    assert set(ARCHS) == {"vit_micro", "vit_t", "vit_s", "vit_b"}
+    for short, long, params in (("vit_t", "vit_tiny", 5.5), ("vit_s", "vit_small", 21.7), ("vit_b", "vit_base", 85.8)):
+        n = [sum(p.numel() for p in vit(name).parameters()) / 1e6 for name in (short, long)]
+        assert n[0] == n[1] == pytest.approx(params, abs=0.1)
+
+
+def test_patchify_is_the_convolutions_order():
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(unpatchify(patchify(x, 4), 4, 2, 3), x)
+    w = torch.randn(5, 3, 4, 4)
+    assert torch.allclose(F.linear(patchify(x, 4), w.flatten(1)), F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_fixed_positions():
+    m = ViT(32, 8, 32, 1, 4, fixed_pos=True)
+    assert not m.pos_embed.requires_grad and torch.equal(m.pos_embed, sincos_pos_embed(32, 4, 4))
+    table = sincos_pos_embed(8, 2, 3)[0]
+    assert torch.equal(table[0], torch.zeros(8))
+    row, column = 1, 2                                                 # patch 5: sin, cos of the column, then of the row
+    omega = torch.tensor([1.0, 0.01])
+    expected = torch.cat([(column * omega).sin(), (column * omega).cos(), (row * omega).sin(), (row * omega).cos()])
+    assert torch.allclose(table[6], expected)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    torch.manual_seed(0)
+    d, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    y = d(x)
+    rows = y.flatten(1)
+    assert ((rows == 0).all(1) | torch.isclose(rows, torch.tensor(4 / 3)).all(1)).all()
+    assert y.mean().item() == pytest.approx(1, abs=0.04)
+    assert torch.equal(d.eval()(x), x)
+    rates = [b.drop_path.p for b in ViT(32, 8, 32, 3, 4, drop_path=0.1).blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1])
+
+
+def test_contrastive_head_uses_batch_statistics():
+    head = contrastive_head(8, 16, 4)
+    x = torch.randn(64, 8)
+    for mode in (True, False):                                         # the same in eval: no running statistics
+        y = head.train(mode)(x)
+        assert torch.allclose(y.mean(0), torch.zeros(4), atol=1e-5) and torch.allclose(y.var(0, unbiased=False), torch.ones(4), atol=1e-2)
+    assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear", "BatchNorm1d"]
+    assert [type(m).__name__ for m in contrastive_head(8, 16, 4, norm=False)] == ["Linear", "GELU"] * 2 + ["Linear"]
+
+
+def test_student_forward_reads_the_tokens_it_is_asked_for():
+    torch.manual_seed(0)
+    m = MMC(ViT(32, 8, 32, 1, 4), hidden=16, out=4, head_norm=False)
+    x, local = torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)
+    every, some = m(x), m(x, local, torch.tensor([3, 20]), torch.tensor([63]))
+    assert every["rec"].shape == (64, 192) and every["pat"].shape == (64, 4) and every["cls"].shape == (4, 4)
+    assert torch.allclose(some["rec"], every["rec"][[3, 20]], atol=1e-5) and torch.allclose(some["pat"], every["pat"][[63]], atol=1e-5)
+    assert some["cls"].shape == (10, 4) and torch.allclose(some["cls"][:4], every["cls"], atol=1e-5)
+    assert set(MMC(ViT(32, 8, 32, 1, 4), rec=False, pat=False, hidden=16, out=4)(x)) == {"cls"}
+
+
+def test_teacher_and_ema_by_hand():
+    torch.manual_seed(0)
+    student = MMC(ViT(32, 8, 32, 2, 4, drop_path=0.5), hidden=16, out=4)
+    teacher = momentum_teacher(student)
+    assert teacher.h_rec is None and not any(p.requires_grad for p in teacher.parameters())
+    assert all(m.p == 0 for m in teacher.modules() if isinstance(m, DropPath)) and student.backbone.blocks[1].drop_path.p == 0.5
+    before = {k: v.clone() for k, v in teacher.named_parameters()}
+    for p in student.parameters():
+        p.data += torch.randn_like(p)
+    ema_update(teacher, student, 0.9)
+    after = dict(student.named_parameters())
+    for k, v in teacher.named_parameters():
+        assert torch.allclose(v, 0.9 * before[k] + 0.1 * after[k], atol=1e-6)
+    ema_update(teacher, student, 1.0)
+    x = torch.randn(4, 3, 32, 32)
+    assert teacher(x)["cls"].requires_grad is False
