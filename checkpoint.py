@@ -9,15 +9,18 @@ backbone weight that is missing, unknown or of another shape is an error, so ran
 """
 import argparse
 import contextlib
+import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distributed import is_main
+from distributed import is_main, world_size
 from model import ViT, vit
 
 TEACHERS = ("teacher", "target_encoder", "momentum_encoder", "ema")        # preferred, in this order, over the rest
@@ -72,6 +75,36 @@ def load(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path}: not a checkpoint of tensors ({why})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    return content
+
+
+def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
+    """Claim args.output_dir for this run; returns the content of its last.pth to go on from, or None for a new run.
+
+    A folder whose run had other options is refused, with their names, unless they are all `harmless` or args.force.
+    Writes run.json: options, number of ranks, versions, commit.  Raises ValueError."""
+    out, last = Path(args.output_dir), Path(args.output_dir) / "last.pth"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--output_dir {out}: is a file, expected a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--output_dir {out}: cannot be made ({e.strerror})") from e
+    options = json.loads(json.dumps(vars(args) | {"world_size": world_size()}))
+    content = load(last) if last.exists() else None
+    if content is not None:
+        if "options" not in content:
+            raise ValueError(f"{last}: not written by this script; give another --output_dir")
+        changed = [f"--{k} {content['options'].get(k)} -> {v}" for k, v in options.items()
+                   if k not in harmless and content["options"].get(k) != v]
+        if changed and not args.force:
+            raise ValueError(f"{out} holds a run with other options: {', '.join(changed)}; give another --output_dir, "
+                             "or --force to go on with the new ones")
+    if is_main():
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        run = {"command": sys.argv, "options": options, "torch": torch.__version__, "python": sys.version.split()[0],
+               "commit": commit.stdout.strip() or None}
+        (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     return content
 
 

@@ -229,8 +229,10 @@ def train_loader(views: Views, batch_size: int, workers: int, pin: bool = False)
         raise ValueError(f"{len(views)} images do not fill one global batch of {batch_size * sampler.ranks}: "
                          f"lower --batch_size (now {batch_size} per rank, {sampler.ranks} ranks)")
     return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin, drop_last=True,
-                      persistent_workers=workers > 0, worker_init_fn=one_thread, prefetch_factor=4 if workers else None)
+                      persistent_workers=workers > 0, worker_init_fn=init_worker, prefetch_factor=4 if workers else None)
 
 
-def one_thread(_worker: int) -> None:
+def init_worker(_worker: int) -> None:
+    """One thread per loader process, and no signals: the training process decides when to stop."""
     torch.set_num_threads(1)
+    distributed.ignore_signals()

@@ -1,13 +1,17 @@
-"""One process or many: the device, the ranks, the gather, who prints.
+"""One process or many: the device, the ranks, the gather, who prints, and how a run is asked to stop.
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them everything here is the one-process case and does nothing.
-NCCL on CUDA, gloo elsewhere."""
+NCCL on CUDA, gloo elsewhere.  Exit codes of every script: 0 done, 2 a user's mistake, 3 training went wrong (NaN),
+75 stopped by a signal after saving: start the same command again."""
 import os
+import signal
 import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
 
 
 def init(device: str = "auto") -> torch.device:
@@ -50,11 +54,33 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
-def fail(message: str, code: int = 2) -> None:
-    """End a script on a user's mistake: one line on stderr, exit code 2, no traceback."""
+def fail(message: str, code: int = MISUSED) -> None:
+    """End a script with one line on stderr and no traceback; by default on a user's mistake, exit code 2."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     finish()
     raise SystemExit(code)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal) ask for a stop; the loop looks at `asked` once a step, and the
+    ranks agree on it.  A second SIGINT stops at once.  Loader workers ignore all three: see `ignore_signals`."""
+
+    def __init__(self):
+        self.asked = False
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(s, self.handle)
+
+    def handle(self, number: int, _frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.asked = True
+
+
+def ignore_signals() -> None:
+    """For loader workers: the parent decides when to stop, and they end with it."""
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def all_gather(x: Tensor) -> tuple[Tensor, int]:

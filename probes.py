@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from checkpoint import load_backbone
-from data import BadImage, normalize, one_thread, open_images
+from data import BadImage, normalize, init_worker, open_images
 from model import ViT
 
 KS = (10, 20, 50, 100)
@@ -54,7 +54,7 @@ def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
 def extract_features(vit: ViT, images, size: int, device: torch.device, batch_size: int = 128,
                      workers: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """L2-normalised float32 features of all readable images, on the CPU: {"cls": (n, D), "pat": (n, D)}, labels (n,)."""
-    loader = DataLoader(CentreCrop(images, size), batch_size, num_workers=workers, worker_init_fn=one_thread)
+    loader = DataLoader(CentreCrop(images, size), batch_size, num_workers=workers, worker_init_fn=init_worker)
     cls, pat, labels = [], [], []
     for x, y, ok in loader:
         tokens = vit(normalize(x[ok].to(device))).float()                                     # (B, T, D)

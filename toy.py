@@ -35,10 +35,9 @@ DEFORM = 0.05                # bending of silhouettes; change this line to 0.25 
 COVERAGE = (0.44, 0.62)      # of the image by its class; change this line to (0.1, 0.2) (harder)
 DISTRACTOR = 0.4             # share of scenes with an object of another class; change this line to 0 (easier)
 TILT = 0.25                  # radians by which texture leans in the image; change this line to 3.14 (much harder)
-HUES = (0.5, 2.3, 4.4)       # every surface fades between two of these, so hue tells no image apart; more: harder
-CHROMA = (0.08, 0.15)        # colourfulness; change this line to (0, 0) for a grey world (easier)
-LUMINANCE = (0.50, 0.02)     # mean and std of the brightness of objects and backgrounds alike
-CLOUDS = 0.05                # brightness of the background's clouds; change this line to 0.15 (harder)
+LIGHT = 0.10                 # std of the brightness of the lights; change this line to 0 for flat light (easier)
+CHROMA = 0.10                # std of their colour; change this line to 0 for a grey world (easier)
+SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: an image's colour tells it apart (harder)
 GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -150,9 +149,6 @@ class Thing:
     phase: np.ndarray        # (2,) where the texture starts
     magnify: float           # of the texture
     contrast: float          # of the texture; negative: light and dark exchanged
-    luminance: float
-    colours: np.ndarray      # (2, 3) at the two ends, zero luminance
-    fade: np.ndarray         # (2,) unit vector from one end to the other
 
 
 @dataclass
@@ -165,37 +161,30 @@ class Scene:
     label: int
 
 
-def random_colours(rng):
-    """Two colours of different hue: (2, 3)."""
-    hue, r = rng.permutation(HUES)[:2], rng.uniform(*CHROMA, 2)
-    return np.stack([r * np.cos(hue), r * np.sin(hue)], 1) @ TO_RGB
-
-
 def random_thing(rng, kind, x, y, radius):
-    angle, way, f2, f3 = rng.uniform(0, 2 * np.pi, 4)
+    angle, f2, f3 = rng.uniform(0, 2 * np.pi, 3)
     bend = np.array([f2, f3, *rng.uniform(0, DEFORM, 2)])
     sign = -1 if rng.random() < POLARITY_FLIP else 1
     return Thing(kind, x, y, radius, angle, rng.uniform(-TILT, TILT) - angle, bend, rng.uniform(0, 100, 2), rng.uniform(*TEXTURE_SCALE),
-                 sign * TEXTURE_CONTRAST, rng.normal(*LUMINANCE), random_colours(rng),
-                 np.array([math.cos(way), math.sin(way)]))
+                 sign * TEXTURE_CONTRAST)
 
 
-def random_background(rng):
-    """Clouds between two colours, as a function of x (1, w) and y (h, 1) that returns (h, w, 3)."""
-    luminance, (start, end) = rng.normal(*LUMINANCE), random_colours(rng)
-    turn, length, phase = rng.uniform((0, 28, 0), (2 * np.pi, 90, 2 * np.pi), (8, 3)).T
+def random_lights(rng):
+    """Soft coloured lights over objects and background alike, as a function of x (1, w), y (h, 1) -> (h, w, 3)."""
+    turn, phase = rng.uniform(0, 2 * np.pi, (2, 3, 6))
+    k = 2 * np.pi / rng.uniform(*SPOT, (3, 6))
+    strength = np.array([LIGHT, CHROMA, CHROMA]) / math.sqrt(3)      # six cosines have variance 3
 
-    def background(x, y):
-        k = 2 * np.pi / length
-        waves = [np.cos(k[i] * (np.cos(turn[i]) * x + np.sin(turn[i]) * y) + phase[i]) for i in range(8)]
-        fade, light = np.clip(0.5 + 0.35 * sum(waves[:4]), 0, 1), luminance + 0.7 * CLOUDS * sum(waves[4:])
-        return light[..., None] + start + fade[..., None] * (end - start)
+    def lights(x, y):
+        field = [s * sum(np.cos(k[c, i] * (np.cos(turn[c, i]) * x + np.sin(turn[c, i]) * y) + phase[c, i])
+                         for i in range(6)) for c, s in enumerate(strength)]
+        return field[0][..., None] + np.stack(field[1:], -1) @ TO_RGB
 
-    return background
+    return lights
 
 
-def draw(canvas, ids, thing, number, step):
-    """Paint thing on canvas (h, w, 3) and its number on ids (h, w); step: toy pixels per sample."""
+def draw(tones, ids, thing, number, step):
+    """Paint thing's brightness on tones (h, w) and its number on ids (h, w); step: toy pixels per sample."""
     texture, radius, hole, mean, std = prepared(thing.kind)
     f2, f3, a2, a3 = thing.bend
     radius = thing.radius * radius * (1 + a2 * np.cos(2 * TURN + f2) + a3 * np.cos(3 * TURN + f3))
@@ -213,11 +202,8 @@ def draw(canvas, ids, thing, number, step):
 
     c, s = np.float32(math.cos(thing.lean) / thing.magnify), np.float32(math.sin(thing.lean) / thing.magnify)
     p, q = np.stack([c * u + s * v, c * v - s * u]) + thing.phase[:, None].astype(np.float32)
-    light = thing.luminance + thing.contrast / std * (texture(p, q) - mean)
-    light *= 0.8 + 0.2 * np.clip(depth / 1.5, 0, 1)                  # a thin dark rim
-    fade = np.clip(0.5 + 0.5 * np.stack([u, v], 1) @ (thing.fade / thing.radius).astype(np.float32), 0, 1)
-    start, end = thing.colours.astype(np.float32)
-    canvas[box][inside] = light[:, None] + start + fade[:, None] * (end - start)
+    light = thing.contrast / std * (texture(p, q) - mean)
+    tones[box][inside] = light - 0.1 * (1 - np.clip(depth / 1.5, 0, 1))        # a thin dark rim
     ids[box][inside] = number
 
 
@@ -226,17 +212,16 @@ def pool(x):
     return sum(x[i::SS, j::SS] for i in range(SS) for j in range(SS))
 
 
-def render(rng, background, things, size, pan=(0, 0)):
+def render(rng, lights, things, size, pan=(0, 0)):
     """Things, back to front -> image uint8 (H, W, 3), instances uint8 (H, W) with i + 1 for things[i]."""
     h, w = size
     step = 64 / min(h, w)
     x, y = (np.arange(w) + 0.5) * step + pan[0], (np.arange(h) + 0.5) * step + pan[1]
-    canvas = background(x[None], y[:, None]).astype(np.float32)
-    canvas = canvas.repeat(SS, 0).repeat(SS, 1)                      # (SS*H, SS*W, 3)
-    ids = np.zeros((SS * h, SS * w), np.uint8)
+    tones, ids = np.zeros((SS * h, SS * w), np.float32), np.zeros((SS * h, SS * w), np.uint8)
     for i, thing in enumerate(things):
-        draw(canvas, ids, thing, i + 1, step / SS)
-    image = pool(canvas) / SS**2 + GRAIN * rng.standard_normal((h, w, 1), np.float32)
+        draw(tones, ids, thing, i + 1, step / SS)
+    tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
+    image = 0.5 + tone[..., None] + lights(x[None], y[:, None])
     votes = [pool((ids == i).astype(np.uint8)) for i in range(len(things) + 1)]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 
@@ -265,7 +250,7 @@ def scene(index, seed=0, split="train", size=64) -> Scene:
         radius = math.sqrt(rng.uniform(0.03, 0.07) * wide.prod() / np.pi)
         thing = random_thing(rng, other, *rng.uniform(radius, wide - radius), radius)
         things.insert(int(rng.integers(0, n + 1)), thing)
-    image, instances = render(rng, random_background(rng), things, (h, w))
+    image, instances = render(rng, random_lights(rng), things, (h, w))
     seen, instances = np.unique(np.append(0, instances), return_inverse=True)     # hidden things leave no gap
     instances = instances[1:].reshape(h, w).astype(np.uint8)
     return Scene(image, instances, [things[i - 1].kind for i in seen[1:]], label)
@@ -289,13 +274,13 @@ def video(index, frames=20, seed=0, size=(64, 112)) -> tuple[np.ndarray, np.ndar
     spin, grow, drift = rng.uniform(-1.2, 1.2, n), rng.uniform(-0.25, 0.25, n), rng.uniform(-8, 8, 2)
     kinds = rng.permutation(len(CLASSES))[:n]
     things = [random_thing(rng, int(kind), 0, 0, 0) for kind in kinds]
-    angle, background, out = [thing.angle for thing in things], random_background(rng), []
+    angle, lights, out = [thing.angle for thing in things], random_lights(rng), []
     for t in np.linspace(0, 1, frames):
         ease = t * t * (3 - 2 * t)
         for i, thing in enumerate(things):
             thing.x, thing.y = begin[i] + ease * way[i] + math.sin(np.pi * ease) * side[i]
             thing.angle, thing.radius = angle[i] + spin[i] * t, radius[i] * (1 + grow[i] * t)
-        out.append(render(rng, background, things, size, drift * t))
+        out.append(render(rng, lights, things, size, drift * t))
     images, instances = map(np.stack, zip(*out, strict=True))
     return images, instances
 
