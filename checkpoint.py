@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def load(path: str | os.PathLike) -> dict:
         raise
     except Exception as e:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it asks for {wanted[1]}, which is refused" if wanted else f"{type(e).__name__}: {str(e).splitlines()[0][:150]}"
+        why = f"it asks for {wanted[1]}, which is refused" if wanted else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}"
         raise ValueError(f"{path}: not a checkpoint of tensors ({why})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
@@ -117,6 +118,8 @@ def load_backbone(path: str, checkpoint_key: str | None = None, num_heads: int |
     Returns (vit, one line: source, which weights, matched and dropped keys).  Raises ValueError naming what is wrong."""
     if str(path).startswith("random:"):
         arch, _, patch = str(path)[7:].partition("/")
+        if patch and not (patch.isdecimal() and int(patch)):
+            raise ValueError(f"{path}: expected random:ARCH or random:ARCH/PATCH, such as random:vit_s/16")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = vit(arch, patch_size=int(patch or 16))
@@ -126,6 +129,7 @@ def load_backbone(path: str, checkpoint_key: str | None = None, num_heads: int |
     source = guess_source(content, name, prefix)
     config = content.get("arch") if isinstance(content.get("arch"), dict) else None
     state, dropped = select(path, state)
+    dropped += [k for k, v in (content[name] if name else content).items() if isinstance(v, Tensor) and not k.startswith(prefix)]
     state = fold_prefix(state)
     config = config or read_config(path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None))
     model = ViT(**config)
@@ -153,7 +157,7 @@ def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[s
     if key is not None:
         found = [f for f, n in zip(found, names, strict=True) if key in re.split(r"[/.]", n)]
     if not found:
-        keys = summary([f"{n}.{k}" if n else str(k) for n, t in containers.items() for k in t])
+        keys = [f"{n}.{k}" if n else k for n, t in containers.items() for k in summary(map(str, t)) if n or k not in containers]
         wanted = f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})" if key else "no ViT in it"
         raise ValueError(f"{path}: {wanted}: expected ...patch_embed.proj.weight, found {', '.join(keys[:12]) or 'nothing'}")
     def order(f):
@@ -247,6 +251,6 @@ def guess_source(content: dict, name: str, prefix: str) -> str:
     return next((method for method, yes in tests if yes), "timm, DINO or another plain ViT")
 
 
-def summary(keys: list[str]) -> list[str]:
+def summary(keys: Iterable[str]) -> list[str]:
     """Key names by their first part: ['head.*', 'mask_token']."""
     return sorted({k.split(".")[0] + (".*" if "." in k else "") for k in keys})

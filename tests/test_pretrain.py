@@ -1,0 +1,261 @@
+"""Proves: the schedules and groups are what they say; every combination of losses trains the right parts; an interrupted
+run equals an unbroken one, bit for bit; NaN, broken images, other options and wrong arguments end in one clear line."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import free_port
+from test_data import write_broken, write_zoo
+
+import pretrain
+from model import MMC, vit
+from pretrain import cosine_schedule, get_args, param_groups
+from toy import scene
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--arch", "vit_micro", "--patch_size", "8", "--global_crops_size", "32", "--local_crops_number", "2", "--local_crops_size", "16",
+        "--head_hidden_dim", "32", "--head_out_dim", "16", "--batch_size", "4", "--epochs", "2", "--warmup_epochs", "1",
+        "--num_workers", "0", "--log_every", "1", "--knn_every", "0"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 toy scenes as a flat folder: 6 steps an epoch."""
+    from PIL import Image
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(24):
+        Image.fromarray(scene(i, size=40).image).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def train(images, out, *more):
+    pretrain.main(get_args([*TINY, "--data", str(images), "--output_dir", str(out), *more]))
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def steps(out):
+    """step -> losses, the last line of each step."""
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    return {x["step"]: {k: v for k, v in x.items() if k not in ("images_per_s", "seconds")} for x in lines if "step" in x}
+
+
+def same(a, b):
+    """Bit-exact equality of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "options")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    return train(images, out), steps(out)
+
+
+def command(images, out, *more, ranks=1):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+                                                   f"--master_port={free_port()}"]
+    return launch + [str(ROOT / "pretrain.py"), *TINY, "--data", str(images), "--output_dir", str(out), *more]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+
+
+# ---- schedules, groups, losses ----
+
+def test_cosine_schedule_by_hand():
+    s = cosine_schedule(1.0, 0.1, 14, warmup=4)
+    assert s[:4] == [0.25, 0.5, 0.75, 1.0] and s[4] == 1.0 and s[-1] == pytest.approx(0.1)
+    assert s[4 + 3] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 3 / 9)) / 2)
+    assert all(a >= b for a, b in zip(s[4:], s[5:], strict=False)) and len(s) == 14
+    assert cosine_schedule(1.0, 0.0, 3, warmup=10) == pytest.approx([0.1, 0.2, 0.3])          # longer than the run
+    m = cosine_schedule(0.996, 1.0, 5)
+    assert m[0] == 0.996 and m[-1] == 1.0 and m == sorted(m)
+
+
+def test_no_decay_on_biases_and_norms():
+    model = MMC(vit("vit_micro", 32, 8), hidden=32, out=16)
+    decayed, free = param_groups(model, 0.04)
+    assert decayed["weight_decay"] == 0.04 and free["weight_decay"] == 0
+    ids = {id(p) for p in free["params"]}
+    assert all((id(p) in ids) == (n.endswith("bias") or "norm" in n or p.ndim == 1) for n, p in model.named_parameters())
+
+
+def test_paper_defaults():
+    args = get_args(["--data", "x", "--arch", "vit_base"])
+    assert (args.arch, args.epochs, args.batch_size, args.temp, args.weight_decay) == ("vit_b", 400, 48, 0.2, 0.04)
+    assert (args.head_hidden_dim, args.local_crops_number, args.global_crops_scale) == (4096, 10, [0.25, 1.0])
+    assert get_args(["--data", "x"]).epochs == 500
+    assert get_args(["--data", "x", "--local_crops_number", "0"]).global_crops_scale == [0.2, 1.0]
+    assert get_args([]).arch == "vit_micro" and get_args(["--epochs", "3"]).epochs == 3
+
+
+@pytest.mark.parametrize("on", ["rec", "pat", "cls", "rec pat", "rec cls", "pat cls"])
+def test_each_combination_of_losses(images, tmp_path, on):
+    weights = [x for w in ("rec", "pat", "cls") for x in (f"--w_{w}", str(float(w in on)))]
+    last = train(images, tmp_path, *weights, "--epochs", "1")
+    heads = {k.split(".")[0][2:] for k in last["student"] if k.startswith("h_")}
+    assert heads == set(on.split()) and {k.split(".")[0][2:] for k in last["teacher"] if k.startswith("h_")} == heads - {"rec"}
+    assert all(math.isfinite(x["loss"]) for x in steps(tmp_path).values())
+
+
+def test_masked_anchors_same_position_and_no_norm(images, tmp_path):
+    train(images, tmp_path, "--patch_tokens", "masked", "--patch_negatives", "position", "--head_norm", "none", "--drop_align", "8",
+          "--epochs", "1")
+    first = steps(tmp_path)[1]
+    assert abs(first["pat"] - math.log(4)) < 1.5 and {"rec", "cls", "lr", "momentum", "grad_norm", "cls_std", "pat_pos", "pat_neg"} <= first.keys()
+
+
+def test_loss_falls_and_teacher_follows(images, tmp_path):
+    last = train(images, tmp_path, "--epochs", "10", "--lr", "2e-2", "--momentum_teacher", "0.9")
+    losses = [x["rec"] for x in steps(tmp_path).values()]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert not torch.equal(last["teacher"]["backbone.norm.weight"], last["student"]["backbone.norm.weight"])
+    backbone = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert torch.equal(backbone["backbone"]["pos_embed"], last["teacher"]["backbone.pos_embed"]) and backbone["arch"]["patch_size"] == 8
+    assert (tmp_path / "result.png").stat().st_size > 1000 and json.loads((tmp_path / "results.json").read_text())["seconds"] > 0
+
+
+# ---- survival ----
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("workers", "at"), [(0, 4), (2, 8)])
+def test_resume_is_bit_exact(images, tmp_path, unbroken, monkeypatch, workers, at):
+    """Killed at a step without a last save: goes on from the save before, at step at - 1, in the middle of an epoch."""
+    real = pretrain.ema_update
+    calls = []
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == at:
+            raise Stop
+        real(*args)
+    monkeypatch.setattr(pretrain, "ema_update", dying)
+    more = ["--save_every", "1", "--num_workers", str(workers)]
+    with pytest.raises(Stop):
+        train(images, tmp_path, *more)
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == at - 1
+    monkeypatch.setattr(pretrain, "ema_update", real)
+    last = train(images, tmp_path, *more)
+    assert same(last, unbroken[0]) and steps(tmp_path) == unbroken[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, ranks):
+    extra = ["--num_workers", "2"] if ranks == 1 else []
+    whole = run(images, tmp_path / "whole", *extra, ranks=ranks)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(command(images, tmp_path / "cut", *extra, ranks=ranks), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    log = tmp_path / "cut" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.02)
+    if ranks == 1:
+        process.send_signal(signal.SIGTERM)
+    else:                                                              # as a scheduler does: to one of the ranks only
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[0]), signal.SIGUSR1)
+    error = process.communicate(timeout=120)[1]
+    assert "stopped by a signal after step" in error and (process.returncode == 75 if ranks == 1 else process.returncode)
+    stopped = torch.load(tmp_path / "cut" / "last.pth", weights_only=True)["step"]
+    assert 3 <= stopped < 12
+    again = run(images, tmp_path / "cut", *extra, ranks=ranks)
+    assert again.returncode == 0 and f"going on from {tmp_path / 'cut'}/last.pth, step {stopped}" in again.stdout
+    a, b = (torch.load(tmp_path / n / "last.pth", weights_only=True) for n in ("whole", "cut"))
+    assert same(a, b) and steps(tmp_path / "whole") == steps(tmp_path / "cut")
+
+
+POISON = """
+import sys, torch, pretrain, distributed
+real = pretrain.corrupted_views
+calls = []
+def poisoned(*args):
+    calls.append(1)
+    out = real(*args)
+    if len(calls) == 8 and distributed.rank() == distributed.world_size() - 1:
+        out[1][0, 0, 0, 0] = float("nan")
+    return out
+pretrain.corrupted_views = poisoned
+pretrain.main(pretrain.get_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ranks):
+    (tmp_path / "poison.py").write_text(POISON)
+    cmd = command(images, tmp_path / "out", "--epochs", "4", ranks=ranks)
+    cmd[cmd.index(str(ROOT / "pretrain.py"))] = str(tmp_path / "poison.py")
+    p = subprocess.run(cmd, capture_output=True, text=True, timeout=120,
+                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert p.returncode == (3 if ranks == 1 else 1), p.stderr
+    assert f"rank {ranks - 1}: not finite at step 7, lr" in p.stderr and ".png" in p.stderr and "rec" in p.stderr
+    assert ranks == 1 or "rank 0: another rank was not finite" in p.stderr
+    last = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
+    per_epoch = 6 // ranks
+    assert last["step"] == 7 // per_epoch * per_epoch
+    assert all(v.isfinite().all() for part in ("student", "teacher") for v in last[part].values())
+
+
+def test_other_options_are_refused(images, tmp_path, capsys):
+    train(images, tmp_path, "--epochs", "1")
+    with pytest.raises(ValueError, match="--lr 0.0005 -> 0.01"):
+        train(images, tmp_path, "--epochs", "1", "--lr", "0.01")
+    train(images, tmp_path, "--epochs", "2", "--num_workers", "1")                            # harmless
+    train(images, tmp_path, "--epochs", "3", "--lr", "0.01", "--force")
+    assert json.loads((tmp_path / "run.json").read_text())["options"]["lr"] == 0.01
+
+
+def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
+    (tmp_path / "zoo").mkdir()
+    n = write_zoo(tmp_path / "zoo", copies=3) + write_broken(tmp_path / "zoo")
+    train(tmp_path / "zoo", tmp_path / "out", "--max_bad", "0.2", "--epochs", "1", "--batch_size", "5")
+    named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    assert 1 <= len(named) <= 4 and all("_" not in Path(x).name for x in named)
+    p = run(tmp_path / "zoo", tmp_path / "out2", "--epochs", "3", "--batch_size", "5")
+    assert p.returncode == 2 and f"of {n} images are unreadable" in p.stderr and "Traceback" not in p.stderr
+
+
+def test_keep_milestones(images, tmp_path):
+    train(images, tmp_path, "--keep", "1")
+    assert [p.name for p in sorted(tmp_path.glob("backbone_*.pth"))] == ["backbone_0001.pth", "backbone_0002.pth"]
+
+
+# ---- a user's mistakes: one line each, code 2 ----
+
+MISTAKES = [(["--data", "/no/such/folder"], "no such folder"), (["--arch", "vit_x"], "vit_x"), (["--global_crops_size", "30"], "multiple of"),
+            (["--batch_size", "1"], "at least 2"), (["--batch_size", "500"], "lower --batch_size"), (["--w_rec", "0", "--w_pat", "0", "--w_cls", "0"], "above 0"),
+            (["--drop_align", "7"], "drop_align"), (["--save_every", "soon"], "expected steps"), (["--epochs", "0"], "1 or more")]
+
+
+@pytest.mark.parametrize(("wrong", "said"), MISTAKES)
+def test_mistakes_are_named(images, tmp_path, wrong, said):
+    with pytest.raises(ValueError, match=said) as e:
+        train(images, tmp_path / "out", *wrong)
+    assert "\n" not in str(e.value) and not (tmp_path / "out" / "last.pth").exists()
+
+
+def test_a_mistake_ends_with_code_2_and_one_line(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    p = run(tmp_path / "texts", tmp_path / "out")
+    assert p.returncode == 2 and p.stderr.count("\n") == 1 and "holds no image" in p.stderr
+
+
+def test_help_documents_every_option():
+    for action in pretrain.get_parser()._actions:
+        assert action.help and len(action.help) > 10, action.dest
