@@ -1,11 +1,12 @@
 """Checkpoint files: atomic save, load without running a pickle, and the backbone of anybody's ViT.
 
-`load_backbone(path)` reads our files and those of DINO, iBOT, MAE, MSN, MoCo-v3, SiT / MC-SSL, DINOv2, timm, DeiT,
-solo-learn and lightly.  It probes by keys, never by file name, reads the architecture off the shapes and is strict: a
-backbone weight that is missing, unknown or of another shape is an error, so random weights are never evaluated.
+`load_backbone(path)` reads our files and those of DINO, iBOT, MAE, MSN, MoCo-v3, SiT / MC-SSL, DINOv2, timm,
+DeiT, solo-learn and lightly.  It probes by keys, never by file name, reads the architecture off the shapes
+and is strict: a backbone weight that is missing, unknown or of another shape is an error, so random weights
+are never evaluated.
 
-    vit, report = load_backbone("dino_deitsmall16_pretrain.pth")      # report: one line to print
-    vit, report = load_backbone("random:vit_b")                       # the untrained row of a table; random:vit_s/14 too
+    vit, report = load_backbone("dino_deitsmall16_pretrain.pth")      # report: one line to print vit, report
+    = load_backbone("random:vit_b")                       # the untrained row of a table; random:vit_s/14 too
 """
 import argparse
 import contextlib
@@ -24,15 +25,16 @@ from torch import Tensor
 from distributed import is_main, world_size
 from model import ViT, vit
 
-TEACHERS = ("teacher", "target_encoder", "momentum_encoder", "ema")        # preferred, in this order, over the rest
+TEACHERS = ("teacher", "target_encoder", "momentum_encoder", "ema")  # preferred, in this order, over the rest
 RENAMES = [(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                      # DINOv2's chunked blocks
            (r"^register_tokens$", "reg_token"), (r"^fc_norm\.", "norm.")]  # DINOv2; MAE after fine-tuning
-OURS = re.compile(r"^(blocks|patch_embed|norm)\.|^(cls_token|pos_embed|reg_token)$")     # what a backbone is made of
+# what a backbone is made of
+OURS = re.compile(r"^(blocks|patch_embed|norm)\.|^(cls_token|pos_embed|reg_token)$")
 
 
 def save(path: str | os.PathLike, content: dict) -> None:
-    """torch.save that cannot leave half a file: written beside the target, flushed to disk, then renamed over it.
-    Rank 0 writes, the others return.  Raises OSError (disk full, no permission), the old file intact."""
+    """torch.save that cannot leave half a file: written beside the target, flushed to disk, then renamed over
+    it. Rank 0 writes, the others return.  Raises OSError (disk full, no permission), the old file intact."""
     if not is_main():
         return
     path = Path(path)
@@ -44,7 +46,7 @@ def save(path: str | os.PathLike, content: dict) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):                             # some network file systems cannot sync a folder
+        with contextlib.suppress(OSError):                    # some network file systems cannot sync a folder
             os.fsync(folder)
         os.close(folder)
     except BaseException:
@@ -54,8 +56,9 @@ def save(path: str | os.PathLike, content: dict) -> None:
 
 
 def load(path: str | os.PathLike) -> dict:
-    """What a .pth (or .safetensors) file holds, on the CPU; only tensors, containers and argparse.Namespace are allowed.
-    Raises ValueError, in one line, for a file that is missing, damaged, or that wants to run anything else."""
+    """What a .pth (or .safetensors) file holds, on the CPU; only tensors, containers and argparse.Namespace
+    are allowed. Raises ValueError, in one line, for a file that is missing, damaged, or that wants to run
+    anything else."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
@@ -72,7 +75,11 @@ def load(path: str | os.PathLike) -> dict:
         raise
     except Exception as e:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it asks for {wanted[1]}, which is refused" if wanted else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}"
+        why = (
+            f"it asks for {wanted[1]}, which is refused"
+            if wanted
+            else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}"
+        )
         raise ValueError(f"{path}: not a checkpoint of tensors ({why})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
@@ -80,10 +87,11 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
-    """Claim args.output_dir for this run; returns the content of its last.pth to go on from, or None for a new run.
+    """Claim args.output_dir for this run; returns the content of its last.pth to go on from, or None for a
+    new run.
 
-    A folder whose run had other options is refused, with their names, unless they are all `harmless` or args.force.
-    Writes run.json: options, number of ranks, versions, commit.  Raises ValueError."""
+    A folder whose run had other options is refused, with their names, unless they are all `harmless` or
+    args.force. Writes run.json: options, number of ranks, versions, commit.  Raises ValueError."""
     out, last = Path(args.output_dir), Path(args.output_dir) / "last.pth"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output_dir {out}: is a file, expected a folder")
@@ -99,23 +107,34 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
         changed = [f"--{k} {content['options'].get(k)} -> {v}" for k, v in options.items()
                    if k not in harmless and content["options"].get(k) != v]
         if changed and not args.force:
-            raise ValueError(f"{out} holds a run with other options: {', '.join(changed)}; give another --output_dir, "
-                             "or --force to go on with the new ones")
+            raise ValueError(
+                f"{out} holds a run with other options: {', '.join(changed)}; give another --output_dir, "
+                "or --force to go on with the new ones"
+            )
     if is_main():
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        run = {"command": sys.argv, "options": options, "torch": torch.__version__, "python": sys.version.split()[0],
-               "commit": commit.stdout.strip() or None}
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        run = {
+            "command": sys.argv,
+            "options": options,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "commit": commit.stdout.strip() or None,
+        }
         (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     return content
 
 
-def load_backbone(path: str, checkpoint_key: str | None = None, num_heads: int | None = None) -> tuple[ViT, str]:
+def load_backbone(
+    path: str, checkpoint_key: str | None = None, num_heads: int | None = None
+) -> tuple[ViT, str]:
     """The encoder in a checkpoint file of any method, in eval mode, without gradients, in float32.
 
-    path: a file, or 'random:ARCH' / 'random:ARCH/PATCH' for seeded random weights.  checkpoint_key: take the weights
-    whose container or prefix has this name (e.g. student) and not the teacher's.  num_heads: the one thing that shapes
-    do not tell; by default what the method's models of this width have.
-    Returns (vit, one line: source, which weights, matched and dropped keys).  Raises ValueError naming what is wrong."""
+    path: a file, or 'random:ARCH' / 'random:ARCH/PATCH' for seeded random weights.  checkpoint_key: take the
+    weights whose container or prefix has this name (e.g. student) and not the teacher's.  num_heads: the one
+    thing that shapes do not tell; by default what the method's models of this width have. Returns (vit, one
+    line: source, which weights, matched and dropped keys).  Raises ValueError naming what is wrong."""
     if str(path).startswith("random:"):
         arch, _, patch = str(path)[7:].partition("/")
         if patch and not (patch.isdecimal() and int(patch)):
@@ -123,28 +142,39 @@ def load_backbone(path: str, checkpoint_key: str | None = None, num_heads: int |
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = vit(arch, patch_size=int(patch or 16))
-        return model.eval().requires_grad_(False), f"{path}: RANDOM weights, seed 0 (the untrained row of a table)"
+        return model.eval().requires_grad_(
+            False
+        ), f"{path}: RANDOM weights, seed 0 (the untrained row of a table)"
     content = load(path)
     name, prefix, state = find_weights(path, content, checkpoint_key)
     source = guess_source(content, name, prefix)
     config = content.get("arch") if isinstance(content.get("arch"), dict) else None
     state, dropped = select(path, state)
-    dropped += [k for k, v in (content[name] if name else content).items() if isinstance(v, Tensor) and not k.startswith(prefix)]
+    dropped += [
+        k
+        for k, v in (content[name] if name else content).items()
+        if isinstance(v, Tensor) and not k.startswith(prefix)
+    ]
     state = fold_prefix(state)
-    config = config or read_config(path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None))
+    config = config or read_config(
+        path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None)
+    )
     model = ViT(**config)
     check_keys(path, model.state_dict(), state)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     which = " / ".join(x for x in (name, prefix.rstrip(".")) if x) or "flat file"
     c = model.config
-    report = (f"{path}: {source}, weights of '{which}', {len(state)} keys matched, {len(dropped)} dropped"
-              f"{' (' + ', '.join(summary(dropped)) + ')' if dropped else ''}; ViT {c['embed_dim']}-{c['depth']}-"
-              f"{c['num_heads']}, patch {c['patch_size']}, trained at {c['img_size']} px")
+    report = (
+        f"{path}: {source}, weights of '{which}', {len(state)} keys matched, {len(dropped)} dropped"
+        f"{' (' + ', '.join(summary(dropped)) + ')' if dropped else ''}; ViT {c['embed_dim']}-{c['depth']}-"
+        f"{c['num_heads']}, patch {c['patch_size']}, trained at {c['img_size']} px"
+    )
     return model.eval().requires_grad_(False), report
 
 
 def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[str, Tensor]]:
-    """Every place that holds a patch embedding is a backbone: (container, prefix, its tensors); the teacher's first."""
+    """Every place that holds a patch embedding is a backbone: (container, prefix, its tensors); the teacher's
+    first."""
     containers = {"": content} | {k: v for k, v in content.items() if isinstance(v, dict)}
     found = []
     for name, tensors in containers.items():
@@ -157,9 +187,21 @@ def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[s
     if key is not None:
         found = [f for f, n in zip(found, names, strict=True) if key in re.split(r"[/.]", n)]
     if not found:
-        keys = [f"{n}.{k}" if n else k for n, t in containers.items() for k in summary(map(str, t)) if n or k not in containers]
-        wanted = f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})" if key else "no ViT in it"
-        raise ValueError(f"{path}: {wanted}: expected ...patch_embed.proj.weight, found {', '.join(keys[:12]) or 'nothing'}")
+        keys = [
+            f"{n}.{k}" if n else k
+            for n, t in containers.items()
+            for k in summary(map(str, t))
+            if n or k not in containers
+        ]
+        wanted = (
+            f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})"
+            if key
+            else "no ViT in it"
+        )
+        raise ValueError(
+            f"{path}: {wanted}: expected ...patch_embed.proj.weight, found {', '.join(keys[:12]) or 'nothing'}"
+        )
+
     def order(f):
         return next((i for i, t in enumerate(TEACHERS) if t in f[0] + "/" + f[1]), len(TEACHERS))
     return min(found, key=order)
@@ -182,8 +224,9 @@ def select(path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 
 
 def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring position embeddings of other layouts to ours, (1, 1 + N, D) with CLS first and registers without position:
-    timm's without CLS gets a zero row, those of registers and of DeiT's distillation token are added to the tokens."""
+    """Bring position embeddings of other layouts to ours, (1, 1 + N, D) with CLS first and registers without
+    position: timm's without CLS gets a zero row, those of registers and of DeiT's distillation token are
+    added to the tokens."""
     if "dist_token" in state:
         state["reg_token"] = state.pop("dist_token")
     pos, registers = state.get("pos_embed"), state.get("reg_token")
@@ -225,15 +268,22 @@ def read_config(path, state: dict[str, Tensor], num_heads: int | None) -> dict:
 
 
 def check_keys(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the backbone keys that are missing, unknown, of another shape or not finite."""
+    """Raises ValueError naming the backbone keys that are missing, unknown, of another shape or not
+    finite."""
     shapes = [f"{k} {tuple(found[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
               if k in found and found[k].shape != v.shape]
     broken = [k for k, v in found.items() if v.is_floating_point() and not v.isfinite().all()]
-    for what, keys in (("lacks", [k for k in expected if k not in found]), ("has unknown", [k for k in found if k not in expected]),
-                       ("has another shape in", shapes), ("is not finite in", broken)):
+    for what, keys in (
+        ("lacks", [k for k in expected if k not in found]),
+        ("has unknown", [k for k in found if k not in expected]),
+        ("has another shape in", shapes),
+        ("is not finite in", broken),
+    ):
         if keys:
-            raise ValueError(f"{path}: not a plain ViT: the backbone {what} {len(keys)} keys: {', '.join(keys[:4])}"
-                             f"{' ...' if len(keys) > 4 else ''}")
+            raise ValueError(
+                f"{path}: not a plain ViT: the backbone {what} {len(keys)} keys: {', '.join(keys[:4])}"
+                f"{' ...' if len(keys) > 4 else ''}"
+            )
 
 
 def guess_source(content: dict, name: str, prefix: str) -> str:
@@ -243,11 +293,17 @@ def guess_source(content: dict, name: str, prefix: str) -> str:
         return any(text in str(k) for k in flat)
     if isinstance(content.get("arch"), dict):
         return f"MMC ({content.get('step', 0)} steps)"
-    tests = [("MSN", "target_encoder" in content), ("MoCo-v3", "momentum_encoder" in prefix or "base_encoder" in prefix),
-             ("MAE", has("decoder_") or (has("fc_norm") and "model" in content)), ("iBOT", has("masked_embed")),
-             ("DINOv2", has("ls1.gamma") and (has("mask_token") or has("register_tokens") or has("blocks.0.0."))),
-             ("SiT / MC-SSL", has("rec_head") or has("recons")), ("DINO or iBOT", "teacher" in content or has("dino_loss")),
-             ("solo-learn or lightly", has("projector") or has("projection_head")), ("DeiT", has("dist_token"))]
+    tests = [
+        ("MSN", "target_encoder" in content),
+        ("MoCo-v3", "momentum_encoder" in prefix or "base_encoder" in prefix),
+        ("MAE", has("decoder_") or (has("fc_norm") and "model" in content)),
+        ("iBOT", has("masked_embed")),
+        ("DINOv2", has("ls1.gamma") and (has("mask_token") or has("register_tokens") or has("blocks.0.0."))),
+        ("SiT / MC-SSL", has("rec_head") or has("recons")),
+        ("DINO or iBOT", "teacher" in content or has("dino_loss")),
+        ("solo-learn or lightly", has("projector") or has("projection_head")),
+        ("DeiT", has("dist_token")),
+    ]
     return next((method for method, yes in tests if yes), "timm, DINO or another plain ViT")
 
 

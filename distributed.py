@@ -1,8 +1,8 @@
 """One process or many: the device, the ranks, the gather, who prints, and how a run is asked to stop.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them everything here is the one-process case and does nothing.
-NCCL on CUDA, gloo elsewhere.  Exit codes of every script: 0 done, 2 a user's mistake, 3 training went wrong (NaN),
-75 stopped by a signal after saving: start the same command again."""
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them everything here is the one-process case and does
+nothing. NCCL on CUDA, gloo elsewhere.  Exit codes of every script: 0 done, 2 a user's mistake, 3 training
+went wrong (NaN), 75 stopped by a signal after saving: start the same command again."""
 import os
 import signal
 import sys
@@ -15,11 +15,17 @@ STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
 
 
 def init(device: str = "auto") -> torch.device:
-    """Join the other ranks, if any, and pick this rank's device.  device: 'auto' (CUDA, then MPS, then CPU) or a
-    torch device name.  Raises ValueError for a device that this machine does not have."""
+    """Join the other ranks, if any, and pick this rank's device.  device: 'auto' (CUDA, then MPS, then CPU)
+    or a torch device name.  Raises ValueError for a device that this machine does not have."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu"
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and ranks == 1
+            else "cpu"
+        )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if device == "cuda":
@@ -62,8 +68,9 @@ def fail(message: str, code: int = MISUSED) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal) ask for a stop; the loop looks at `asked` once a step, and the
-    ranks agree on it.  A second SIGINT stops at once.  Loader workers ignore all three: see `ignore_signals`."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal) ask for a stop; the loop looks at `asked` once a step,
+    and the ranks agree on it.  A second SIGINT stops at once.  Loader workers ignore all three: see
+    `ignore_signals`."""
 
     def __init__(self):
         self.asked = False

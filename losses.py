@@ -14,11 +14,12 @@ from distributed import all_gather, all_sum, world_size
 def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Eq. (1): mean absolute error over the corrupted pixels only.
 
-        L_rec = sum_i M_i |x_i - xhat_i| / sum_i M_i,   i over pixels and channels of the whole batch, all ranks
+        L_rec = sum_i M_i |x_i - xhat_i| / sum_i M_i,   i over pixels and channels of the whole batch, all
+        ranks
 
-    pred: (..., K) carries gradient.  target: the same shape, normalised pixels of the clean view.
-    mask: bool, True = corrupted, broadcastable to pred.  No gradient reaches an uncorrupted pixel.
-    The mean of this over W ranks is the loss of the joined batch, since the denominator is summed over them."""
+    pred: (..., K) carries gradient.  target: the same shape, normalised pixels of the clean view. mask: bool,
+    True = corrupted, broadcastable to pred.  No gradient reaches an uncorrupted pixel. The mean of this over
+    W ranks is the loss of the joined batch, since the denominator is summed over them."""
     mask = mask.expand_as(pred)
     error = (pred.float() - target.float()).abs() * mask
     return error.sum() * world_size() / all_sum(mask.sum()).clamp(min=1)
@@ -27,12 +28,14 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
     """Eq. (3): InfoNCE of student CLS queries against the teacher's CLS keys of all ranks.
 
-        L_cls = - mean_b log exp(u_b.w_b/tau) / sum_j exp(u_b.w_j/tau),   j over the W*B keys of one teacher view
+        L_cls = - mean_b log exp(u_b.w_b/tau) / sum_j exp(u_b.w_j/tau),   j over the W*B keys of one teacher
+        view
 
-    u: (V+L, B, C) student, global views first, carries gradient.  w: (V, B, C) teacher, none.  Both are normalised here.
-    Averaged over the pairs (student crop i, teacher view j) with i != j: cross-view, local crops against both views.
-    The gather changes the loss: without it the negatives are those of one rank.  Gathered keys need equal batches, and
-    the labels of rank r begin at r*B; forgetting either is invisible on one rank."""
+    u: (V+L, B, C) student, global views first, carries gradient.  w: (V, B, C) teacher, none.  Both are
+    normalised here. Averaged over the pairs (student crop i, teacher view j) with i != j: cross-view, local
+    crops against both views. The gather changes the loss: without it the negatives are those of one
+    rank.  Gathered keys need equal batches, and the labels of rank r begin at r*B; forgetting either is
+    invisible on one rank."""
     u, w = F.normalize(u.float(), dim=-1), F.normalize(w.detach().float(), dim=-1)
     loss = 0.0
     for j in range(len(w)):
@@ -45,14 +48,16 @@ def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
 
 def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
                    negatives: str = "others", block: int = 784) -> Tensor:
-    """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank, in one view.
+    """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank, in
+    one view.
 
-        L_pat = - mean_a log exp(q_a.k_a/tau) / ( exp(q_a.k_a/tau) + sum_(b' != b(a), p') exp(q_a.k_(b'p')/tau) )
+        L_pat = - mean_a log exp(q_a.k_a/tau) / ( exp(q_a.k_a/tau) + sum_(b' != b(a), p')
+        exp(q_a.k_(b'p')/tau) )
 
-    q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here.
-    anchors: (A,) index of each q among the B*N patches, None when A = B*N in order.
-    negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the grid.
-    The own image's other patches are neither positive nor negative.  Plain form: tests/test_losses.py."""
+    q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here. anchors: (A,)
+    index of each q among the B*N patches, None when A = B*N in order. negatives: 'others' = all patches of
+    the other images; 'position' = only those at the same place of the grid. The own image's other patches are
+    neither positive nor negative.  Plain form: tests/test_losses.py."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     B, N, C = k.shape
     if anchors is None:
@@ -64,8 +69,8 @@ def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = No
 
 
 class PatchInfoNCE(torch.autograd.Function):
-    """Exact blocked InfoNCE.  Only q needs a gradient, and that of a row needs that row only, so it is formed in
-    forward, `block` rows at a time, and no (A, B*N) matrix is ever kept."""
+    """Exact blocked InfoNCE.  Only q needs a gradient, and that of a row needs that row only, so it is formed
+    in forward, `block` rows at a time, and no (A, B*N) matrix is ever kept."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, anchors: Tensor, tau: float, block: int) -> Tensor:
@@ -74,14 +79,14 @@ class PatchInfoNCE(torch.autograd.Function):
         images = torch.arange(B, device=q.device)
         for start in range(0, len(q), block):
             rows = slice(start, start + block)
-            own = keys[anchors[rows]]                                                         # (r, C) positives
+            own = keys[anchors[rows]]                                                       # (r, C) positives
             positive = (q[rows] * own).sum(-1) / tau                                          # (r,)
             logits = q[rows] @ keys.T / tau                                                   # (r, B*N)
             same = (anchors[rows] // N)[:, None] == images                                    # (r, B)
             logits.view(-1, B, N).masked_fill_(same[:, :, None], -torch.inf)
             lse = torch.logaddexp(torch.logsumexp(logits, -1), positive)
             total += (lse - positive).sum()
-            p = logits.sub_(lse[:, None]).exp_()                                              # softmax, negatives
+            p = logits.sub_(lse[:, None]).exp_()                                          # softmax, negatives
             dq[rows] = (p @ keys + ((positive - lse).exp() - 1)[:, None] * own) / (tau * len(q))
         ctx.save_for_backward(dq)
         return total / len(q)
@@ -98,6 +103,6 @@ def mean_cosines(q: Tensor, k: Tensor, anchors: Tensor | None = None) -> tuple[T
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
     B, N, C = k.shape
     anchors = torch.arange(B * N, device=q.device) if anchors is None else anchors
-    qs, ks = k.new_zeros(B, C).index_add_(0, anchors // N, q), k.sum(1)                       # (B, C) sums per image
+    qs, ks = k.new_zeros(B, C).index_add_(0, anchors // N, q), k.sum(1)                # (B, C) sums per image
     negative = ((qs.sum(0) * ks.sum(0)).sum() - (qs * ks).sum()) / (len(q) * (B - 1) * N)
     return (q * k.reshape(B * N, C)[anchors]).sum(-1).mean(), negative

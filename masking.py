@@ -1,12 +1,14 @@
 """What is done to an image before the student sees it: crops, colours, and GMML corruption.
 
-Geometry runs in the loader's workers (`MultiCrop`: crop, resize, flip, on uint8), colour and corruption on the training
-device in one batch (`colour`, `gmml`).  All random numbers are drawn by `MultiCrop` from the generator of the image, so
-a batch is the same whatever the worker, the device or the number of ranks; only the pixels of N(0,1) noise are drawn on
-the device, from a seed that the image brings.  Everywhere: mask True = corrupted.
+Geometry runs in the loader's workers (`MultiCrop`: crop, resize, flip, on uint8), colour and corruption on
+the training device in one batch (`colour`, `gmml`).  All random numbers are drawn by `MultiCrop` from the
+generator of the image, so a batch is the same whatever the worker, the device or the number of ranks; only
+the pixels of N(0,1) noise are drawn on the device, from a seed that the image brings.  Everywhere: mask True
+= corrupted.
 
-Departs from the lineage: GMML blocks may start outside the image and are clipped, so that they cover it evenly (theirs
-grow down and right only, and the first row is masked 3 % of the time, the last 66 %); `even=False` brings that back.
+Departs from the lineage: GMML blocks may start outside the image and are clipped, so that they cover it
+evenly (theirs grow down and right only, and the first row is masked 3 % of the time, the last 66 %);
+`even=False` brings that back.
 
 Shapes: B images, V global views, L local crops, S pixels of a side, K blocks, P patch size, N patches."""
 import math
@@ -19,15 +21,16 @@ from torch import Tensor
 from data import normalize
 from model import patchify
 
-MAX_BLOCKS = 256                               # 75 % of the area takes about 82 blocks of up to 0.3 of the side
+MAX_BLOCKS = 256                             # 75 % of the area takes about 82 blocks of up to 0.3 of the side
 GREY = (0.2989, 0.587, 0.114)                  # Rec. 601 luma, as torchvision rounds it
 
 
 @dataclass
 class Augmentation:
-    """Constants of the multi-crop augmentation; fields named and valued as in the paper or its lineage (METHOD.md).
-    blur, solarize: probability for global view 1, global view 2, local crops.  jitter: strength of brightness, contrast,
-    saturation, hue; a factor is drawn from 1 +- strength, the hue shift, in turns, from +- strength."""
+    """Constants of the multi-crop augmentation; fields named and valued as in the paper or its lineage
+    (METHOD.md). blur, solarize: probability for global view 1, global view 2, local crops.  jitter: strength
+    of brightness, contrast, saturation, hue; a factor is drawn from 1 +- strength, the hue shift, in turns,
+    from +- strength."""
     global_size: int = 224
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_number: int = 10
@@ -44,9 +47,10 @@ class Augmentation:
 
 @dataclass
 class GMML:
-    """Constants of group-masked corruption.  noise_p: how often noise, else alien pixels.  drop_perc: area overwritten
-    by noise, uniform in this range; drop_replace: area overwritten by another image.  block: largest side of a block as a
-    share of the image's.  align: blocks begin and end on multiples of this many pixels.  even: see the file's head."""
+    """Constants of group-masked corruption.  noise_p: how often noise, else alien pixels.  drop_perc: area
+    overwritten by noise, uniform in this range; drop_replace: area overwritten by another image.  block:
+    largest side of a block as a share of the image's.  align: blocks begin and end on multiples of this many
+    pixels.  even: see the file's head."""
     noise_p: float = 0.5
     drop_perc: tuple[float, float] = (0.5, 0.75)
     drop_replace: float = 0.30
@@ -56,8 +60,8 @@ class GMML:
 
 
 def crop_box(H: int, W: int, scale: tuple[float, float], g: torch.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) with torchvision's RandomResizedCrop distribution: area share uniform in `scale`, log
-    aspect uniform in log 3/4 ... log 4/3, ten tries, then the centre."""
+    """(top, left, height, width) with torchvision's RandomResizedCrop distribution: area share uniform in
+    `scale`, log aspect uniform in log 3/4 ... log 4/3, ten tries, then the centre."""
     for area, ratio, y, x in torch.rand(10, 4, generator=g).tolist():
         area = H * W * (scale[0] + area * (scale[1] - scale[0]))
         ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
@@ -68,8 +72,11 @@ def crop_box(H: int, W: int, scale: tuple[float, float], g: torch.Generator) -> 
     return (H - h) // 2, (W - w) // 2, h, w
 
 
-def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], flip: float, g: torch.Generator) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic, mirrored at times."""
+def random_resized_crop(
+    image: Tensor, size: int, scale: tuple[float, float], flip: float, g: torch.Generator
+) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic, mirrored at
+    times."""
     top, left, h, w = crop_box(*image.shape[1:], scale, g)
     crop = image[None, :, top:top + h, left:left + w]
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
@@ -80,7 +87,8 @@ class MultiCrop:
     """2 global views and n local crops of an image, with the random numbers that `colour` and `gmml` need.
 
     Call: (image (3, H, W) uint8, generator) -> dict of tensors without the batch dimension:
-      global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8; colour (2+n, 11), blocks (2, K, 4), kind (2, 3)."""
+      global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8; colour (2+n, 11), blocks (2, K, 4), kind
+      (2, 3)."""
 
     def __init__(self, augmentation: Augmentation, corruption: GMML):
         self.a, self.c = augmentation, corruption
@@ -93,7 +101,8 @@ class MultiCrop:
         return out | ({"local": torch.stack(local)} if n else {})
 
     def draw_colour(self, g: torch.Generator) -> Tensor:
-        """(2+n, 11): what `colour` does to each crop: [4 factors, 4 = order of the ops, grey, sigma or 0, solarize]."""
+        """(2+n, 11): what `colour` does to each crop: [4 factors, 4 = order of the ops, grey, sigma or 0,
+        solarize]."""
         a, n = self.a, self.a.local_number
         kinds = torch.tensor([0, 1] + [2] * n)
         r = torch.rand(2 + n, 12, generator=g)
@@ -109,8 +118,9 @@ class MultiCrop:
                           sigma[:, None], solarize[:, None]], dim=1)
 
     def draw_blocks(self, g: torch.Generator) -> dict[str, Tensor]:
-        """blocks (2, K, 4): top, left, bottom, right of rectangles in pixels, unclipped; kind (2, 3) float64: the area to
-        reach (share), where to look for the alien (0 ... 1, or -1 for noise), the seed of the noise."""
+        """blocks (2, K, 4): top, left, bottom, right of rectangles in pixels, unclipped; kind (2, 3) float64:
+        the area to reach (share), where to look for the alien (0 ... 1, or -1 for noise), the seed of the
+        noise."""
         c, cells = self.c, self.a.global_size // self.c.align
         largest = max(1, int(c.block * cells))
         size = 1 + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * largest).long().clamp(max=largest - 1)
@@ -118,7 +128,9 @@ class MultiCrop:
         start = low + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * (cells - low)).long()
         r = torch.rand(2, 3, generator=g, dtype=torch.float64)
         noise = r[:, 0] < c.noise_p
-        area = torch.where(noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]), c.drop_replace)
+        area = torch.where(
+            noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]), c.drop_replace
+        )
         seeds = torch.randint(2 ** 52, (2,), generator=g).double()
         return {"blocks": (torch.cat([start, start + size], -1) * c.align).int(),
                 "kind": torch.stack([area, torch.where(noise, -1.0, r[:, 2]), seeds], dim=1)}
@@ -154,7 +166,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - low
     r, g, b = x.unbind(1)
     c = chroma.clamp(min=1e-12)
-    h = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))     # sextants
+    # sextants
+    h = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
     h = torch.where(chroma > 0, h, 0.0) + 6 * shift.view(-1, 1, 1)
     sextant = (h[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(sextant, 4 - sextant).clamp(0, 1)
@@ -166,10 +179,14 @@ def solarize(x: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image with its own sigma (pixels), reflected at the borders.  Rows and columns are blurred by a product
-    with a banded matrix, which is faster than a convolution with a different kernel per image.
-    The kernel reaches 3 sigma of the largest sigma in the recipe, 13 taps at sigma 2, less on tiny images."""
-    return blur_matrix(sigma, x.shape[2])[:, None] @ x @ blur_matrix(sigma, x.shape[3])[:, None].transpose(-1, -2)
+    """Blur each image with its own sigma (pixels), reflected at the borders.  Rows and columns are blurred by
+    a product with a banded matrix, which is faster than a convolution with a different kernel per image. The
+    kernel reaches 3 sigma of the largest sigma in the recipe, 13 taps at sigma 2, less on tiny images."""
+    return (
+        blur_matrix(sigma, x.shape[2])[:, None]
+        @ x
+        @ blur_matrix(sigma, x.shape[3])[:, None].transpose(-1, -2)
+    )
 
 
 def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
@@ -185,8 +202,8 @@ def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
 
 @torch.no_grad()
 def colour(x: Tensor, draw: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32 normalised, coloured by the rows of `draw` (B, 11), which stays on the CPU: the
-    images that an op touches are chosen there, so the device never waits."""
+    """(B, 3, S, S) uint8 -> float32 normalised, coloured by the rows of `draw` (B, 11), which stays on the
+    CPU: the images that an op touches are chosen there, so the device never waits."""
     def chosen(mask):
         return mask.nonzero().flatten().to(x.device, non_blocking=True)
     values = draw.to(x.device, non_blocking=True)
@@ -198,7 +215,11 @@ def colour(x: Tensor, draw: Tensor) -> Tensor:
             i = chosen((draw[:, 4 + slot] == op) & (draw[:, op] != neutral[op]))
             if len(i):
                 x[i] = ops[op](x[i], values[i, op])
-    for column, fn in ((8, lambda x, _: grayscale(x).expand_as(x)), (9, gaussian_blur), (10, lambda x, _: solarize(x))):
+    for column, fn in (
+        (8, lambda x, _: grayscale(x).expand_as(x)),
+        (9, gaussian_blur),
+        (10, lambda x, _: solarize(x)),
+    ):
         i = chosen(draw[:, column] > 0)
         if len(i):
             x[i] = fn(x[i], values[i, column])
@@ -217,7 +238,7 @@ def block_mask(blocks: Tensor, area: Tensor, size: int) -> Tensor:
     cols = ((line >= blocks[:, :, 1:2]) & (line < blocks[:, :, 3:])).float()
     order = torch.arange(blocks.shape[1], device=blocks.device)
 
-    def union(n):                                                                             # the first n blocks
+    def union(n):                                                                         # the first n blocks
         return (rows * (order < n[:, None])[:, :, None]).transpose(1, 2) @ cols > 0           # (B, S, S)
     low = torch.zeros(len(blocks), dtype=torch.long, device=blocks.device)                    # too few
     high = torch.full_like(low, blocks.shape[1])                                              # enough
@@ -232,8 +253,9 @@ def block_mask(blocks: Tensor, area: Tensor, size: int) -> Tensor:
 def gmml(x: Tensor, blocks: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """Corrupt one view of a batch (METHOD, "GMML corruption").
 
-    x: (B, 3, S, S) normalised.  blocks (B, K, 4), kind (B, 3): of `MultiCrop.draw_blocks`; kind stays on the CPU.
-    Returns (corrupted x, mask (B, S, S), True = corrupted).  Raises ValueError for a batch of one: no alien exists."""
+    x: (B, 3, S, S) normalised.  blocks (B, K, 4), kind (B, 3): of `MultiCrop.draw_blocks`; kind stays on the
+    CPU. Returns (corrupted x, mask (B, S, S), True = corrupted).  Raises ValueError for a batch of one: no
+    alien exists."""
     B, _, S, _ = x.shape
     if B < 2:
         raise ValueError("GMML needs another image to take pixels from: a batch of 2 or more per rank")
@@ -248,6 +270,7 @@ def gmml(x: Tensor, blocks: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:
-    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted (0: any pixel)."""
+    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted (0: any
+    pixel)."""
     covered = patchify(mask[:, None].float(), p).mean(-1)
     return covered >= share if share > 0 else covered > 0

@@ -1,12 +1,13 @@
 """A plain Vision Transformer, the three MMC heads, and the momentum teacher (METHOD: "Networks").
 
-Nothing here knows about losses, data or files.  The ViT's parameter names are timm's, so that weights move in both
-directions; widths are those of DeiT.  Contrastive heads: 3-layer MLP 4096-4096-256 with BatchNorm; reconstruction
-head: 3-layer MLP to the pixels of a patch, no norm (Sec. "Implementation", MMC).  Departs from the paper: nothing.
+Nothing here knows about losses, data or files.  The ViT's parameter names are timm's, so that weights move in
+both directions; widths are those of DeiT.  Contrastive heads: 3-layer MLP 4096-4096-256 with BatchNorm;
+reconstruction head: 3-layer MLP to the pixels of a patch, no norm (Sec. "Implementation", MMC).  Departs from
+the paper: nothing.
 
 Shapes: B images, H x W pixels, P patch size, N = h*w patches, R registers, T = 1 + R + N tokens, D width.
-Token order is always [cls, registers, patches]: tokens[:, 0] is CLS, tokens[:, vit.num_prefix_tokens:] the patches.
-"""
+Token order is always [cls, registers, patches]: tokens[:, 0] is CLS, tokens[:, vit.num_prefix_tokens:] the
+patches. """
 import copy
 import math
 
@@ -20,7 +21,8 @@ ALIASES = {"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b"}
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole images with probability p while training (Huang et al. 2016)."""
+    """Stochastic depth: drop a residual branch for whole images with probability p while training (Huang et
+    al. 2016)."""
 
     def __init__(self, p: float = 0.0):
         super().__init__()
@@ -53,7 +55,9 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor):
         B, T, D = x.shape
-        return self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return (
+            self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)                                        # 3 x (B, heads, T, D/heads)
@@ -61,7 +65,7 @@ class Attention(nn.Module):
 
     def cls_map(self, x: Tensor) -> Tensor:
         q, k, _ = self.heads(x)
-        return (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]     # (B, heads, T)
+        return (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]  # (B, heads, T)
 
 
 class Mlp(nn.Module):
@@ -77,7 +81,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, init_values: float | None):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, init_values: float | None
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -101,17 +107,21 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)          # kept as a convolution for its names
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image.  Raises ValueError where the image is not made of whole patches."""
+        """Rows and columns of patches of an image.  Raises ValueError where the image is not made of whole
+        patches."""
         P, S = self.patch_size, self.stride
         if height < P or width < P or (height - P) % S or (width - P) % S:
-            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {P} at stride {S}: "
-                             f"give sides that are a multiple of {P}")
+            raise ValueError(
+                f"image of {height}x{width} pixels does not divide into patches of {P} at stride {S}: "
+                f"give sides that are a multiple of {P}"
+            )
         return (height - P) // S + 1, (width - P) // S + 1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride != self.patch_size:
             return F.conv2d(x, self.proj.weight, self.proj.bias, self.stride).flatten(2).transpose(1, 2)
-        return F.linear(patchify(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)     # (B, N, D)
+        # (B, N, D)
+        return F.linear(patchify(x, self.patch_size), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):
@@ -131,7 +141,12 @@ class ViT(nn.Module):
         self.config = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
                            num_heads=num_heads, mlp_ratio=mlp_ratio, init_values=init_values,
                            reg_tokens=reg_tokens, fixed_pos=fixed_pos)
-        self.patch_size, self.embed_dim, self.depth, self.num_prefix_tokens = patch_size, embed_dim, depth, 1 + reg_tokens
+        self.patch_size, self.embed_dim, self.depth, self.num_prefix_tokens = (
+            patch_size,
+            embed_dim,
+            depth,
+            1 + reg_tokens,
+        )
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.base_grid = self.patch_embed.grid(img_size, img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -139,7 +154,9 @@ class ViT(nn.Module):
             self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.base_grid), embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1), init_values) for i in range(depth))
+            Block(embed_dim, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1), init_values)
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights(fixed_pos)
 
@@ -155,8 +172,8 @@ class ViT(nn.Module):
             self.pos_embed.requires_grad_(False)
 
     def interpolate_pos_embed(self, h: int, w: int) -> Tensor:
-        """Position embedding for a grid of h x w patches, (1, 1 + h*w, D): bicubic, by size and not by scale factor,
-        whose rounding loses a row on some sizes."""
+        """Position embedding for a grid of h x w patches, (1, 1 + h*w, D): bicubic, by size and not by scale
+        factor, whose rounding loses a row on some sizes."""
         if (h, w) == self.base_grid:
             return self.pos_embed
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
@@ -173,16 +190,17 @@ class ViT(nn.Module):
         return torch.cat([p.to(patches.dtype) for p in prefix] + [patches], dim=1)                 # (B, T, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, T, D) all tokens after the final norm.  Raises ValueError where the
-        image does not divide into patches."""
+        """(B, 3, H, W) normalised pixels -> (B, T, D) all tokens after the final norm.  Raises ValueError
+        where the image does not divide into patches."""
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def intermediate(self, x: Tensor, blocks: list[int], norm: bool = False) -> list[Tensor]:
-        """Outputs of chosen blocks, counted from 1 as the paper does (block `depth` is the last; negative from the end:
-        -1 is the last).  Returns a list of (B, T, D) in the order asked; `norm` applies the final norm to each."""
+        """Outputs of chosen blocks, counted from 1 as the paper does (block `depth` is the last; negative
+        from the end: -1 is the last).  Returns a list of (B, T, D) in the order asked; `norm` applies the
+        final norm to each."""
         wanted = [b + self.depth + 1 if b < 0 else b for b in blocks]
         if not all(1 <= b <= self.depth for b in wanted):
             raise ValueError(f"blocks {blocks}: this network has blocks 1 ... {self.depth}")
@@ -211,8 +229,8 @@ def vit(arch: str, img_size: int = 224, patch_size: int = 16, **kwargs) -> ViT:
 
 
 def sincos_pos_embed(dim: int, h: int, w: int) -> Tensor:
-    """Fixed 2-D sine-cosine table, (1, 1 + h*w, dim), zeros for CLS (MAE, MoCo-v3): the first half of the channels
-    encodes the column, the second the row, each as sines then cosines of dim/4 frequencies."""
+    """Fixed 2-D sine-cosine table, (1, 1 + h*w, dim), zeros for CLS (MAE, MoCo-v3): the first half of the
+    channels encodes the column, the second the row, each as sines then cosines of dim/4 frequencies."""
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     angles = [p.flatten()[:, None] * omega for p in (cols, rows)]
@@ -232,8 +250,9 @@ def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
 
 
 def contrastive_head(dim: int, hidden: int = 4096, out: int = 256, norm: bool = True) -> nn.Sequential:
-    """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.  The norms always use
-    the statistics of the batch, in the teacher too, so they keep none; a batch of one is invalid."""
+    """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.  The norms
+    always use the statistics of the batch, in the teacher too, so they keep none; a batch of one is
+    invalid."""
     def bn(width, affine=True):
         return [nn.BatchNorm1d(width, affine=affine, track_running_stats=False)] if norm else []
     return nn.Sequential(nn.Linear(dim, hidden, bias=not norm), *bn(hidden), nn.GELU(),
@@ -250,8 +269,8 @@ def reconstruction_head(dim: int, patch_size: int, hidden: int = 4096) -> nn.Seq
 class MMC(nn.Module):
     """A backbone with the heads whose losses are on: the student, and, without `h_rec`, the teacher.
 
-    rec, pat, cls: which heads exist.  hidden, out: widths of the heads.  head_norm: BatchNorm in the contrastive ones.
-    One forward call does a whole step, as DistributedDataParallel wants it."""
+    rec, pat, cls: which heads exist.  hidden, out: widths of the heads.  head_norm: BatchNorm in the
+    contrastive ones. One forward call does a whole step, as DistributedDataParallel wants it."""
 
     def __init__(self, backbone: ViT, rec: bool = True, pat: bool = True, cls: bool = True,
                  hidden: int = 4096, out: int = 256, head_norm: bool = True):
@@ -270,12 +289,14 @@ class MMC(nn.Module):
 
     def forward(self, images: Tensor, local: Tensor | None = None, rec_tokens: Tensor | None = None,
                 pat_tokens: Tensor | None = None) -> dict[str, Tensor]:
-        """images: (V*B, 3, H, W) global views, view by view.  local: (L*B, 3, h, w) local crops, whose CLS only is read.
-        rec_tokens, pat_tokens: indices into the V*B*N patches; `h_rec` and `h_pat` run on these only (None: on all).
+        """images: (V*B, 3, H, W) global views, view by view.  local: (L*B, 3, h, w) local crops, whose CLS
+        only is read. rec_tokens, pat_tokens: indices into the V*B*N patches; `h_rec` and `h_pat` run on these
+        only (None: on all).
 
-        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, keys only of the heads that exist."""
+        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, keys only of the heads that
+        exist."""
         tokens = self.backbone(images)                                  # (V*B, T, D)
-        cls, patches = tokens[:, 0], tokens[:, self.backbone.num_prefix_tokens:].flatten(0, 1)      # (V*B*N, D)
+        cls, patches = tokens[:, 0], tokens[:, self.backbone.num_prefix_tokens:].flatten(0, 1)    # (V*B*N, D)
         if local is not None and self.h_cls is not None:
             cls = torch.cat([cls, self.backbone(local)[:, 0]])
         def chosen(index): return patches if index is None else patches[index]
@@ -290,8 +311,8 @@ class MMC(nn.Module):
 
 
 def momentum_teacher(student: MMC) -> MMC:
-    """A copy of the student that no gradient reaches: no drop path, no reconstruction head.  It stays in train mode,
-    where BatchNorm uses (and synchronises) batch statistics."""
+    """A copy of the student that no gradient reaches: no drop path, no reconstruction head.  It stays in
+    train mode, where BatchNorm uses (and synchronises) batch statistics."""
     teacher = copy.deepcopy(student)
     teacher.h_rec = None
     for m in teacher.modules():
@@ -302,7 +323,8 @@ def momentum_teacher(student: MMC) -> MMC:
 
 @torch.no_grad()
 def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in float32, in place, parameter by parameter."""
+    """teacher = momentum * teacher + (1 - momentum) * student, in float32, in place, parameter by
+    parameter."""
     source = dict(student.named_parameters())
     names, params = zip(*teacher.named_parameters(), strict=True)
     torch._foreach_lerp_(list(params), [source[n] for n in names], 1.0 - momentum)

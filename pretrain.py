@@ -1,15 +1,17 @@
-"""Pretrain a ViT with MMC: masked reconstruction + patch distillation + global contrast (Sec. "Self-supervised Training").
+"""Pretrain a ViT with MMC: masked reconstruction, patch distillation, global contrast (arXiv 2308.11448).
 
     python pretrain.py                                              # generated toy world, CPU, a few minutes
     python pretrain.py --data /photos --arch vit_s                  # any folder of images, one GPU
     torchrun --nproc_per_node=4 pretrain.py --arch vit_b --data /imagenet/train --output_dir out/vit_b
 
-Writes to --output_dir: last.pth (everything; the same command goes on from it), backbone.pth (the teacher's ViT alone,
-for the evaluations), log.jsonl (losses and more), run.json (options), results.json and result.png at the end.
-Stopped by SIGTERM, SIGINT or SIGUSR1 it finishes the step, saves and exits with code 75: start the same command again.
-Where the paper is silent or contradicts itself the choice is an option, marked [D] in its help.
+Writes to --output_dir: last.pth (everything; the same command goes on from it), backbone.pth (the
+teacher's ViT alone, for the evaluations), log.jsonl (losses and more), run.json (options), results.json and
+result.png at the end.  Stopped by SIGTERM, SIGINT or SIGUSR1 it finishes the step, saves and exits with
+code 75: start the same command again.  Where the paper is silent or contradicts itself the choice is an
+option, marked [D] in its help.
 
-Shapes: B images per rank, V = 2 global views, L local crops, N patches, P patch size, S pixels of a side, C head width."""
+Shapes: B images per rank, V = 2 global views, L local crops, N patches, P patch size, S pixels of a side,
+C width of the contrastive space."""
 import argparse
 import math
 import shutil
@@ -32,15 +34,16 @@ from monitor import Monitor
 
 PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
-           local_crops_number=0, jitter=[0.1, 0.1, 0.1, 0.0], grey=0.5, blur=[0.5, 0.1, 0.5], blur_sigma=[0.1, 0.5],
-           solarize=[0.0, 0.0, 0.0], drop_align=8, patch_tokens="masked", head_hidden_dim=256, head_out_dim=128,
-           drop_path=0.0, batch_size=64, epochs=8, warmup_epochs=1, lr=4e-3, momentum_teacher=0.8, num_workers=0)
-HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad", "device",
-            "data_root", "download", "val_data", "force"}
+           local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
+           blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=8, head_hidden_dim=256,
+           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=8, warmup_epochs=1, lr=4e-3,
+           momentum_teacher=0.8, num_workers=0)
+HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
+            "device", "data_root", "download", "val_data", "force"}
 
 
 def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
-    """Value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final` at the last step.
+    """Value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
     The first value is not 0, and a warm-up longer than the run is only its beginning."""
     ramp = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
     n = steps - len(ramp)
@@ -60,8 +63,8 @@ def view_by_view(crops: Tensor) -> Tensor:
 
 
 def corrupted_views(batch: dict, args, device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Colour and corrupt a batch: clean and corrupted views (V*B, 3, S, S), mask (V*B, S, S), local crops or None.
-    Each view is corrupted by itself, so that alien pixels never come from the same image."""
+    """Colour and corrupt a batch: clean and corrupted views (V*B, 3, S, S), mask (V*B, S, S), local crops or
+    None.  Each view is corrupted by itself, so that alien pixels never come from the same image."""
     draw = batch["colour"]
     clean = colour(view_by_view(batch["global"].to(device, non_blocking=True)), view_by_view(draw[:, :2]))
     views = [gmml(x, batch["blocks"][:, v], batch["kind"][:, v]) for v, x in enumerate(clean.chunk(2))]
@@ -72,8 +75,8 @@ def corrupted_views(batch: dict, args, device) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def tokens_to_read(mask: Tensor, args) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-    """Which of the V*B*N patches the heads run on: those with a corrupted pixel for Eq. (1); the anchors of Eq. (2) per
-    view, numbered within the view, and joined (None: all patches)."""
+    """Which of the V*B*N patches the heads run on: those with a corrupted pixel for Eq. (1); the anchors of
+    Eq. (2) per view, numbered within the view, and joined (None: all patches)."""
     rec = mask_to_patches(mask, args.patch_size, 0).flatten().nonzero()[:, 0]
     if args.patch_tokens == "all":
         return rec, [None, None], None
@@ -82,27 +85,31 @@ def tokens_to_read(mask: Tensor, args) -> tuple[Tensor, list[Tensor | None], Ten
     return rec, anchors, torch.cat([anchors[0], masked.numel() // 2 + anchors[1]])
 
 
-def mmc_losses(out: dict, target: dict, clean: Tensor, mask: Tensor, rec: Tensor, anchors: list, args) -> tuple[Tensor, dict]:
-    """Eq. (4) from the student's outputs and the teacher's; also what is worth logging, as tensors.  Change a line here to
-    change the method."""
+def mmc_losses(out: dict, target: dict, clean: Tensor, mask: Tensor, rec: Tensor, anchors: list,
+               args) -> tuple[Tensor, dict]:
+    """Eq. (4) from the student's outputs and the teacher's; also what is worth logging, as tensors.
+    Change a line here to change the method."""
     loss, log, P, B = 0.0, {}, args.patch_size, len(clean) // 2
     if args.w_rec:
-        pixels, hidden = (patchify(x, P).flatten(0, 1)[rec] for x in (clean, mask[:, None]))  # (M, 3PP), (M, PP)
-        log["rec"] = reconstruction(out["rec"].unflatten(1, (3, -1)), pixels.unflatten(1, (3, -1)), hidden[:, None])
-        loss = loss + args.w_rec * log["rec"]                                                 # Eq. (1)
+        pixels = patchify(clean, P).flatten(0, 1)[rec].unflatten(1, (3, -1))              # (M, 3, PP)
+        hidden = patchify(mask[:, None], P).flatten(0, 1)[rec][:, None]                   # (M, 1, PP)
+        log["rec"] = reconstruction(out["rec"].unflatten(1, (3, -1)), pixels, hidden)
+        loss = loss + args.w_rec * log["rec"]                                             # Eq. (1)
     if args.w_pat:
-        k = target["pat"].unflatten(0, (2, B, -1))                                            # (V, B, N, C)
+        k = target["pat"].unflatten(0, (2, B, -1))                                        # (V, B, N, C)
         q = out["pat"].split([k[0, :, :, 0].numel() if a is None else len(a) for a in anchors])
-        log["pat"] = sum(patch_contrast(*x, args.temp, a, args.patch_negatives) for *x, a in zip(q, k, anchors, strict=True)) / 2
-        loss = loss + args.w_pat * log["pat"]                                                 # Eq. (2)
+        log["pat"] = sum(patch_contrast(q[v], k[v], args.temp, anchors[v], args.patch_negatives)
+                         for v in (0, 1)) / 2
+        loss = loss + args.w_pat * log["pat"]                                             # Eq. (2)
         log["pat_pos"], log["pat_neg"] = mean_cosines(q[0], k[0], anchors[0])
     if args.w_cls:
-        u, w = out["cls"].unflatten(0, (-1, B)), target["cls"].unflatten(0, (2, B))           # (V+L, B, C), (V, B, C)
+        u = out["cls"].unflatten(0, (-1, B))                                              # (V+L, B, C)
+        w = target["cls"].unflatten(0, (2, B))                                            # (V, B, C)
         log["cls"] = global_contrast(u, w, args.temp)
-        loss = loss + args.w_cls * log["cls"]                                                 # Eq. (3)
+        loss = loss + args.w_cls * log["cls"]                                             # Eq. (3)
         log["cls_pos"], log["cls_neg"] = mean_cosines(u[0], w[1][:, None])
-    for name in target:                                                # 1: spread over the sphere, 0: collapsed
-        log[f"{name}_std"] = F.normalize(target[name].float(), dim=-1).std(0).mean() * target[name].shape[-1] ** 0.5
+    for name, keys in target.items():                             # 1: spread over the sphere, 0: collapsed
+        log[f"{name}_std"] = F.normalize(keys.float(), dim=-1).std(0).mean() * keys.shape[-1] ** 0.5
     return loss, {"loss": loss.detach()} | {k: v.detach() for k, v in log.items()}
 
 
@@ -112,7 +119,8 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
     steps, stop = args.epochs * per_epoch, distributed.StopSignal()
     lr = cosine_schedule(global_lr(args), args.min_lr, steps, args.warmup_epochs * per_epoch)
     momentum = cosine_schedule(args.momentum_teacher, 1.0, steps)
-    bar = tqdm(total=steps, initial=step, disable=not distributed.is_main(), unit="step", dynamic_ncols=True, mininterval=1)
+    bar = tqdm(total=steps, initial=step, disable=not distributed.is_main(), unit="step", mininterval=1,
+               dynamic_ncols=True)
     while step < steps:
         epoch = step // per_epoch
         loader.sampler.set_epoch(epoch, step % per_epoch)
@@ -130,7 +138,7 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             log["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad or math.inf)
-            monitor.check(batch, log, lr[step], step, stop)            # ends all ranks on NaN, before it gets anywhere
+            monitor.check(batch, log, lr[step], step, stop)    # ends all ranks on NaN, first of all
 
             for group in optimizer.param_groups:
                 group["lr"] = lr[step]
@@ -143,8 +151,8 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
                 save(args, bare, teacher, optimizer, step, per_epoch)
             if monitor.stopping:
                 bar.close()
-                distributed.fail(f"stopped by a signal after step {step}, saved; start the same command again to go on",
-                                 distributed.STOPPED)
+                distributed.fail(f"stopped by a signal after step {step}, saved; start the same command "
+                                 "again to go on", distributed.STOPPED)
         monitor.epoch_end(epoch + 1, teacher.backbone)
     bar.close()
 
@@ -163,9 +171,11 @@ def save(args, student: MMC, teacher: MMC, optimizer, step: int, per_epoch: int)
         return
     out, arch = Path(args.output_dir), teacher.backbone.config
     options = vars(args) | {"world_size": distributed.world_size()}
-    checkpoint.save(out / "last.pth", {"arch": arch, "step": step, "options": options, "student": student.state_dict(),
-                                       "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
-    checkpoint.save(out / "backbone.pth", {"arch": arch, "step": step, "backbone": teacher.backbone.state_dict()})
+    checkpoint.save(out / "last.pth", {
+        "arch": arch, "step": step, "options": options, "student": student.state_dict(),
+        "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
+    checkpoint.save(out / "backbone.pth", {
+        "arch": arch, "step": step, "backbone": teacher.backbone.state_dict()})
     if args.keep and step % (args.keep * per_epoch) == 0:
         shutil.copyfile(out / "backbone.pth", out / f"backbone_{step // per_epoch:04d}.pth")
 
@@ -174,77 +184,114 @@ def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     a = p.add_argument_group("data").add_argument
-    a("--data", help="folder of images (flat, nested or class folders; DIR/train and DIR/val if there), 'toy', or cifar10, cifar100, stl10, "
-      "flowers102, pets, cars, aircraft. Default: the toy world, with small settings of its own. Paper: ImageNet-100 or -1K, train split")
-    a("--val_data", help="labelled folder for the k-NN monitor. Default: DIR/val, or the sibling val/ of a folder named train")
+    a("--data",
+      help="folder of images (flat, nested or class folders; DIR/train and DIR/val if there), 'toy', or "
+           "cifar10, cifar100, stl10, flowers102, pets, cars, aircraft. Default: the toy world, with small "
+           "settings of its own. Paper: ImageNet-100 or -1K, train split")
+    a("--val_data",
+      help="labelled folder for the k-NN monitor. Default: DIR/val, or the sibling val/ of a folder named "
+           "train")
     a("--data_root", default="data", help="where torchvision keeps the named sets (default: data)")
     a("--download", action="store_true", help="let torchvision download the named set")
-    a("--num_workers", type=int, default=8, help="loader processes per rank (default 8; toy 0). Does not change the run")
-    a("--max_bad", type=float, default=0.01, help="share of unreadable images above which the run fails (default 0.01); below, each is "
-      "replaced by its neighbour and named in bad_images.txt")
+    a("--num_workers", type=int, default=8,
+      help="loader processes per rank (default 8; toy 0). Does not change the run")
+    a("--max_bad", type=float, default=0.01,
+      help="share of unreadable images above which the run fails (default 0.01); below, each is replaced by "
+           "its neighbour and named in bad_images.txt")
 
     a = p.add_argument_group("network").add_argument
-    a("--arch", default="vit_s", help="vit_micro, vit_t, vit_s, vit_b (or vit_tiny ...). Paper: vit_s, vit_b (default vit_s; toy vit_micro)")
+    a("--arch", default="vit_s",
+      help="vit_micro, vit_t, vit_s, vit_b (or vit_tiny ...). Paper: vit_s, vit_b (default vit_s; toy "
+           "vit_micro)")
     a("--patch_size", type=int, default=16, help="pixels of a patch's side (paper 16; toy 8)")
-    a("--drop_path", type=float, default=0.1, help="stochastic depth of the student at the last block (lineage 0.1; toy 0)")
+    a("--drop_path", type=float, default=0.1,
+      help="stochastic depth of the student at the last block (lineage 0.1; toy 0)")
     a("--head_hidden_dim", type=int, default=4096, help="width of the three heads (paper 4096; toy 256)")
     a("--head_out_dim", type=int, default=256, help="width of the contrastive space (lineage 256; toy 128)")
-    a("--head_norm", default="bn", choices=["bn", "none"], help="[D] norm in the contrastive heads; bn is synchronised across ranks on CUDA only")
+    a("--head_norm", default="bn", choices=["bn", "none"],
+      help="[D] norm in the contrastive heads; bn is synchronised across ranks on CUDA only")
 
     a = p.add_argument_group("losses, Eq. (4); a weight of 0 skips that head's work").add_argument
     a("--w_rec", type=float, default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
     a("--w_pat", type=float, default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
-    a("--w_cls", type=float, default=1.0, help="weight of the global contrast, Eq. (3) (paper 1; MoCo's 2*tau factor is --w_cls 0.4)")
+    a("--w_cls", type=float, default=1.0,
+      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's 2*tau factor is --w_cls 0.4)")
     a("--temp", type=float, default=0.2, help="temperature of both contrasts (paper 0.2)")
-    a("--patch_tokens", default="all", choices=["all", "masked"], help="[D] anchors of Eq. (2): all patches (paper), or those at least half "
-      "corrupted, which is cheaper (toy)")
-    a("--patch_negatives", default="others", choices=["others", "position"], help="[D] negatives of Eq. (2): all patches of the other images "
-      "of this rank (paper), or those at the same position only")
-    a("--momentum_teacher", type=float, default=0.996, help="EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run "
-      "needs a teacher that moves)")
+    a("--patch_tokens", default="all", choices=["all", "masked"],
+      help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper "
+           "(toy)")
+    a("--patch_negatives", default="others", choices=["others", "position"],
+      help="[D] negatives of Eq. (2): all patches of the other images of this rank (paper), or those at the "
+           "same position only")
+    a("--momentum_teacher", type=float, default=0.996,
+      help="EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run needs a "
+           "teacher that moves)")
 
     a = p.add_argument_group("corruption (GMML), per global view").add_argument
-    a("--noise_p", type=float, default=0.5, help="probability of noise; else pixels of another image (lineage 0.5)")
-    a("--drop_perc", type=float, nargs=2, default=[0.5, 0.75], metavar=("LOW", "HIGH"), help="share of the area overwritten by noise (paper: up to 0.75)")
-    a("--drop_replace", type=float, default=0.30, help="share of the area overwritten by another image (paper 0.30)")
-    a("--drop_block", type=float, default=0.3, help="largest side of a block, as a share of the image's (lineage 0.3)")
-    a("--drop_align", type=int, default=1, help="[D] pixels to which blocks are aligned: 1 (lineage), 16 = whole patches (toy 8)")
-    a("--even_blocks", default=True, action=argparse.BooleanOptionalAction, help="[D] blocks may start outside the image and are clipped, so that "
-      "they cover it evenly; --no-even_blocks is the lineage")
+    a("--noise_p", type=float, default=0.5,
+      help="probability of noise; else pixels of another image (lineage 0.5)")
+    a("--drop_perc", type=float, nargs=2, default=[0.5, 0.75], metavar=("LOW", "HIGH"),
+      help="share of the area overwritten by noise (paper: up to 0.75)")
+    a("--drop_replace", type=float, default=0.3,
+      help="share of the area overwritten by another image (paper 0.30)")
+    a("--drop_block", type=float, default=0.3,
+      help="largest side of a block, as a share of the image's (lineage 0.3)")
+    a("--drop_align", type=int, default=1,
+      help="[D] pixels to which blocks are aligned: 1 (lineage), 16 = whole patches (toy 8)")
+    a("--even_blocks", default=True, action=argparse.BooleanOptionalAction,
+      help="[D] blocks may start outside the image and are clipped, so that they cover it evenly; "
+           "--no-even_blocks is the lineage")
 
     a = p.add_argument_group("augmentation; three numbers: view 1, view 2, local crops").add_argument
     a("--global_crops_size", type=int, default=224, help="pixels of a global view's side (paper 224; toy 48)")
-    a("--global_crops_scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="area of a global crop (lineage 0.25 1 with local crops, 0.2 1 without)")
-    a("--local_crops_number", type=int, default=10, help="local crops per image; 0 switches them off (paper 10; toy 0)")
+    a("--global_crops_scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
+      help="area of a global crop (lineage 0.25 1 with local crops, 0.2 1 without)")
+    a("--local_crops_number", type=int, default=10,
+      help="local crops per image; 0 switches them off (paper 10; toy 0)")
     a("--local_crops_size", type=int, default=96, help="pixels of a local crop's side (paper 96)")
-    a("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.25], metavar=("LOW", "HIGH"), help="area of a local crop (lineage 0.05 0.25)")
+    a("--local_crops_scale", type=float, nargs=2, default=[0.05, 0.25], metavar=("LOW", "HIGH"),
+      help="area of a local crop (lineage 0.05 0.25)")
     a("--flip", type=float, default=0.5, help="probability of a mirrored crop (lineage 0.5)")
-    a("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.0], metavar=("B", "C", "S", "H"), help="strength of brightness, contrast, saturation, "
-      "hue (paper 0.4 0.4, lineage 0.4 0; toy 0.1 0.1 0.1 0), applied with probability 0.8")
-    a("--grey", type=float, default=0.2, help="probability of a grey crop (lineage 0.2; toy 0.5)")
-    a("--blur", type=float, nargs=3, default=[1.0, 0.1, 0.5], metavar="P", help="probability of blur (paper 1, lineage 0.1 0.5)")
-    a("--blur_sigma", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"), help="its sigma in pixels (lineage 0.1 2; toy 0.1 0.5)")
-    a("--solarize", type=float, nargs=3, default=[0.0, 0.2, 0.0], metavar="P", help="probability of solarisation (paper: view 2 0.2; toy 0)")
+    a("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.0], metavar=("B", "C", "S", "H"),
+      help="strength of brightness, contrast, saturation, hue (paper 0.4 0.4, lineage 0.4 0; toy 0), "
+           "applied with probability 0.8")
+    a("--grey", type=float, default=0.2, help="probability of a grey crop (lineage 0.2; toy 0.6)")
+    a("--blur", type=float, nargs=3, default=[1.0, 0.1, 0.5], metavar="P",
+      help="probability of blur (paper 1, lineage 0.1 0.5)")
+    a("--blur_sigma", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"),
+      help="its sigma in pixels (lineage 0.1 2; toy 0.1 0.5)")
+    a("--solarize", type=float, nargs=3, default=[0.0, 0.2, 0.0], metavar="P",
+      help="probability of solarisation (paper: view 2 0.2; toy 0)")
 
     a = p.add_argument_group("optimisation").add_argument
-    a("--batch_size", type=int, default=48, help="images per rank (paper 48; toy 64); more are more negatives, fewer than 2 are none")
-    a("--epochs", type=int, help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 8)")
+    a("--batch_size", type=int, default=48,
+      help="images per rank (paper 48; toy 64); more are more negatives, fewer than 2 are none")
+    a("--epochs", type=int,
+      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 8)")
     a("--warmup_epochs", type=int, default=10, help="linear warm-up (lineage 10; toy 1)")
-    a("--lr", type=float, default=5e-4, help="learning rate per 256 images of global batch (lineage 5e-4; toy 4e-3)")
-    a("--min_lr", type=float, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
-    a("--weight_decay", type=float, default=0.04, help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")
+    a("--lr", type=float, default=0.0005,
+      help="learning rate per 256 images of global batch (lineage 5e-4; toy 4e-3)")
+    a("--min_lr", type=float, default=1e-06, help="learning rate at the last step (lineage 1e-6)")
+    a("--weight_decay", type=float, default=0.04,
+      help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")
     a("--clip_grad", type=float, default=3.0, help="largest gradient norm, 0 for none (lineage 3.0)")
-    a("--bf16", default=True, action=argparse.BooleanOptionalAction, help="bfloat16 in the networks on CUDA; losses and parameters stay float32")
+    a("--bf16", default=True, action=argparse.BooleanOptionalAction,
+      help="bfloat16 in the networks on CUDA; losses and parameters stay float32")
     a("--seed", type=int, default=0, help="of weights, order, crops and masks")
     a("--device", default="auto", help="auto, cuda, mps or cpu")
 
     a = p.add_argument_group("run").add_argument
-    a("--output_dir", default="out", help="folder of this run; an interrupted run in it goes on (default: out)")
-    a("--force", action="store_true", help="go on although options differ from those that the run was started with")
-    a("--save_every", default="15m", help="besides each epoch: steps (500) or minutes (15m) between saves of last.pth")
-    a("--keep", type=int, default=0, help="epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
+    a("--output_dir", default="out",
+      help="folder of this run; an interrupted run in it goes on (default: out)")
+    a("--force", action="store_true",
+      help="go on although options differ from those that the run was started with")
+    a("--save_every", default="15m",
+      help="besides each epoch: steps (500) or minutes (15m) between saves of last.pth")
+    a("--keep", type=int, default=0,
+      help="epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
     a("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
-    a("--knn_every", type=int, help="epochs between k-NN evaluations of the teacher, 0 for never (default: 10; toy 2)")
+    a("--knn_every", type=int,
+      help="epochs between k-NN evaluations of the teacher, 0 for never (default: 10; toy 2)")
     return p
 
 
@@ -257,16 +304,20 @@ def get_args(argv=None) -> argparse.Namespace:
     args.arch = ALIASES.get(args.arch, args.arch)
     args.epochs = PAPER_EPOCHS.get(args.arch, 500) if args.epochs is None else args.epochs
     args.knn_every = 10 if args.knn_every is None else args.knn_every
-    args.global_crops_scale = args.global_crops_scale or ([0.25, 1.0] if args.local_crops_number else [0.2, 1.0])
+    if args.global_crops_scale is None:
+        args.global_crops_scale = [0.25, 1.0] if args.local_crops_number else [0.2, 1.0]
     for name in ("global", "local")[:1 + (args.local_crops_number > 0)]:
         size = getattr(args, f"{name}_crops_size")
         if size % args.patch_size:
-            raise ValueError(f"--{name}_crops_size {size} is not a multiple of --patch_size {args.patch_size}: "
-                             f"try {size // args.patch_size * args.patch_size or args.patch_size}")
+            near = size // args.patch_size * args.patch_size or args.patch_size
+            raise ValueError(f"--{name}_crops_size {size} is not a multiple of --patch_size "
+                             f"{args.patch_size}: try {near}")
     if args.batch_size < 2:
-        raise ValueError(f"--batch_size {args.batch_size}: the contrasts need negatives, so at least 2 images per rank")
+        raise ValueError(f"--batch_size {args.batch_size}: the contrasts need negatives, so at least 2 "
+                         "images per rank")
     if args.global_crops_size % args.drop_align:
-        raise ValueError(f"--drop_align {args.drop_align} does not divide --global_crops_size {args.global_crops_size}")
+        raise ValueError(f"--drop_align {args.drop_align} does not divide --global_crops_size "
+                         f"{args.global_crops_size}")
     if not (args.w_rec or args.w_pat or args.w_cls) or min(args.w_rec, args.w_pat, args.w_cls) < 0:
         raise ValueError("--w_rec, --w_pat, --w_cls: expected no negative weight and at least one above 0")
     if args.epochs < 1:
@@ -277,22 +328,30 @@ def get_args(argv=None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     device = distributed.init(args.device)
     if args.data is None or args.data == "toy":
-        say("toy run: the generated world with its own small settings; --data DIR trains on your images with the paper's")
-    images = open_images(args.data, "train", args.data_root, args.download, seed=args.seed)
-    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", args.data_root, args.download, seed=args.seed)
-    augmentation = Augmentation(args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size,
-                                args.local_crops_scale, args.flip, args.jitter, 0.8, args.grey, args.blur, args.blur_sigma, args.solarize)
-    corruption = GMML(args.noise_p, args.drop_perc, args.drop_replace, args.drop_block, args.drop_align, args.even_blocks)
-    loader = train_loader(Views(images, MultiCrop(augmentation, corruption), args.seed), args.batch_size, args.num_workers,
-                          device.type == "cuda")
+        say("toy run: the generated world with its own small settings; --data DIR trains on your images with "
+            "the paper's")
+    where = args.data_root, args.download
+    images = open_images(args.data, "train", *where, seed=args.seed)
+    held_out = (args.val_data, "train") if args.val_data else (args.data, "val")
+    val = open_images(*held_out, *where, seed=args.seed)
+    augmentation = Augmentation(
+        args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size,
+        args.local_crops_scale, args.flip, args.jitter, 0.8, args.grey, args.blur, args.blur_sigma,
+        args.solarize)
+    corruption = GMML(args.noise_p, args.drop_perc, args.drop_replace, args.drop_block, args.drop_align,
+                      args.even_blocks)
+    loader = train_loader(Views(images, MultiCrop(augmentation, corruption), args.seed), args.batch_size,
+                          args.num_workers, device.type == "cuda")
     torch.manual_seed(args.seed)
-    student = MMC(vit(args.arch, args.global_crops_size, args.patch_size, drop_path=args.drop_path), args.w_rec > 0, args.w_pat > 0,
-                  args.w_cls > 0, args.head_hidden_dim, args.head_out_dim, args.head_norm == "bn")
+    backbone = vit(args.arch, args.global_crops_size, args.patch_size, drop_path=args.drop_path)
+    student = MMC(backbone, args.w_rec > 0, args.w_pat > 0, args.w_cls > 0, args.head_hidden_dim,
+                  args.head_out_dim, args.head_norm == "bn")
     if device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device)
     teacher = momentum_teacher(student)
-    optimizer = torch.optim.AdamW(param_groups(student, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(param_groups(student, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),
+                                  fused=device.type != "mps")
 
     monitor = Monitor(args, images, val, device)
     last = checkpoint.open_run(args, HARMLESS)
@@ -303,9 +362,10 @@ def main(args: argparse.Namespace) -> None:
         say(f"going on from {args.output_dir}/last.pth, step {last['step']}")
     else:
         monitor.untrained(teacher.backbone)
-    say(f"{len(images)} images, {args.arch}/{args.patch_size} at {args.global_crops_size} px, {args.epochs} epochs of {loader.sampler.steps} steps; "
-        f"{distributed.world_size()} x {args.batch_size} images on {device.type}, so lr {global_lr(args):.2e}; "
-        f"[D] anchors {args.patch_tokens}, negatives {args.patch_negatives} on this rank, head norm {args.head_norm}, drop_align {args.drop_align}")
+    say(f"{len(images)} images, {args.arch}/{args.patch_size} at {args.global_crops_size} px, {args.epochs} "
+        f"epochs of {loader.sampler.steps} steps; {distributed.world_size()} x {args.batch_size} images on "
+        f"{device.type}, so lr {global_lr(args):.2e}; [D] anchors {args.patch_tokens}, negatives "
+        f"{args.patch_negatives} on this rank, head norm {args.head_norm}, drop_align {args.drop_align}")
     if distributed.world_size() > 1:
         student = DistributedDataParallel(student, [device] if device.type == "cuda" else None)
     train(student, teacher, optimizer, loader, args, device, last["step"] if last else 0, monitor)

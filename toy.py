@@ -34,10 +34,11 @@ POLARITY_FLIP = 0.0          # share of objects with light and dark swapped; cha
 DEFORM = 0.05                # bending of silhouettes; change this line to 0.25 (harder)
 COVERAGE = (0.44, 0.62)      # of the image by its class; change this line to (0.1, 0.2) (harder)
 DISTRACTOR = 0.4             # share of scenes with an object of another class; change this line to 0 (easier)
-TILT = 0.25                  # radians by which texture leans in the image; change this line to 3.14 (much harder)
-LIGHT = 0.10                 # std of the brightness of the lights; change this line to 0 for flat light (easier)
-CHROMA = 0.10                # std of their colour; change this line to 0 for a grey world (easier)
-SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: an image's colour tells it apart (harder)
+TILT = 0.25                  # radians by which texture leans; change this line to 3.14 (much harder)
+LIGHT = 0.10                 # std of the lights' brightness; change this line to 0 (easier)
+CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
+OWN = 0.10                   # strength of each surface's own hue; change this line to 0 (harder)
+SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder
 GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -165,12 +166,13 @@ def random_thing(rng, kind, x, y, radius):
     angle, f2, f3 = rng.uniform(0, 2 * np.pi, 3)
     bend = np.array([f2, f3, *rng.uniform(0, DEFORM, 2)])
     sign = -1 if rng.random() < POLARITY_FLIP else 1
-    return Thing(kind, x, y, radius, angle, rng.uniform(-TILT, TILT) - angle, bend, rng.uniform(0, 100, 2), rng.uniform(*TEXTURE_SCALE),
+    lean = rng.uniform(-TILT, TILT) - angle
+    return Thing(kind, x, y, radius, angle, lean, bend, rng.uniform(0, 100, 2), rng.uniform(*TEXTURE_SCALE),
                  sign * TEXTURE_CONTRAST)
 
 
 def random_lights(rng):
-    """Soft coloured lights over objects and background alike, as a function of x (1, w), y (h, 1) -> (h, w, 3)."""
+    """Soft coloured lights over objects and background: a function of x (1, w), y (h, 1)."""
     turn, phase = rng.uniform(0, 2 * np.pi, (2, 3, 6))
     k = 2 * np.pi / rng.uniform(*SPOT, (3, 6))
     strength = np.array([LIGHT, CHROMA, CHROMA]) / math.sqrt(3)      # six cosines have variance 3
@@ -181,6 +183,16 @@ def random_lights(rng):
         return field[0][..., None] + np.stack(field[1:], -1) @ TO_RGB
 
     return lights
+
+
+def surface_colours(rng, kinds):
+    """Colours of zero luminance (1 + n, 3): of the background and of n things.  The hues of background and
+    things are at random; things of the scene's main class share one, as objects of a kind often do."""
+    hue = rng.uniform(0, 2 * np.pi)
+    others = hue + rng.uniform(np.pi / 3, 5 * np.pi / 3, 1 + len(kinds))
+    main = max(set(kinds), key=kinds.count)
+    hues = np.array([hue] + [others[0] if k == main else o for k, o in zip(kinds, others[1:], strict=True)])
+    return OWN * np.stack([np.cos(hues), np.sin(hues)], 1) @ TO_RGB
 
 
 def draw(tones, ids, thing, number, step):
@@ -212,7 +224,7 @@ def pool(x):
     return sum(x[i::SS, j::SS] for i in range(SS) for j in range(SS))
 
 
-def render(rng, lights, things, size, pan=(0, 0)):
+def render(rng, lights, colours, things, size, pan=(0, 0)):
     """Things, back to front -> image uint8 (H, W, 3), instances uint8 (H, W) with i + 1 for things[i]."""
     h, w = size
     step = 64 / min(h, w)
@@ -221,7 +233,7 @@ def render(rng, lights, things, size, pan=(0, 0)):
     for i, thing in enumerate(things):
         draw(tones, ids, thing, i + 1, step / SS)
     tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
-    image = 0.5 + tone[..., None] + lights(x[None], y[:, None])
+    image = 0.5 + tone[..., None] + lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
     votes = [pool((ids == i).astype(np.uint8)) for i in range(len(things) + 1)]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 
@@ -250,7 +262,8 @@ def scene(index, seed=0, split="train", size=64) -> Scene:
         radius = math.sqrt(rng.uniform(0.03, 0.07) * wide.prod() / np.pi)
         thing = random_thing(rng, other, *rng.uniform(radius, wide - radius), radius)
         things.insert(int(rng.integers(0, n + 1)), thing)
-    image, instances = render(rng, random_lights(rng), things, (h, w))
+    colours = surface_colours(rng, [thing.kind for thing in things])
+    image, instances = render(rng, random_lights(rng), colours, things, (h, w))
     seen, instances = np.unique(np.append(0, instances), return_inverse=True)     # hidden things leave no gap
     instances = instances[1:].reshape(h, w).astype(np.uint8)
     return Scene(image, instances, [things[i - 1].kind for i in seen[1:]], label)
@@ -275,12 +288,13 @@ def video(index, frames=20, seed=0, size=(64, 112)) -> tuple[np.ndarray, np.ndar
     kinds = rng.permutation(len(CLASSES))[:n]
     things = [random_thing(rng, int(kind), 0, 0, 0) for kind in kinds]
     angle, lights, out = [thing.angle for thing in things], random_lights(rng), []
+    colours = surface_colours(rng, kinds.tolist())
     for t in np.linspace(0, 1, frames):
         ease = t * t * (3 - 2 * t)
         for i, thing in enumerate(things):
             thing.x, thing.y = begin[i] + ease * way[i] + math.sin(np.pi * ease) * side[i]
             thing.angle, thing.radius = angle[i] + spin[i] * t, radius[i] * (1 + grow[i] * t)
-        out.append(render(rng, lights, things, size, drift * t))
+        out.append(render(rng, lights, colours, things, size, drift * t))
     images, instances = map(np.stack, zip(*out, strict=True))
     return images, instances
 

@@ -37,12 +37,15 @@ def plain_global_contrast(u, w, tau):
 
 
 def test_reconstruction_by_hand():
-    pred, target = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True), torch.tensor([[0.0, 5.0], [3.5, 0.0]])
+    pred, target = (
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True),
+        torch.tensor([[0.0, 5.0], [3.5, 0.0]]),
+    )
     mask = torch.tensor([[True, True], [True, False]])
     loss = reconstruction(pred, target, mask)
     assert loss.item() == pytest.approx((1 + 3 + 0.5) / 3)
     loss.backward()
-    assert torch.allclose(pred.grad, torch.tensor([[1, -1], [-1, 0]]) / 3)      # nothing at the uncorrupted pixel
+    assert torch.allclose(pred.grad, torch.tensor([[1, -1], [-1, 0]]) / 3)  # nothing at the uncorrupted pixel
 
 
 def test_reconstruction_of_channels_and_of_nothing():
@@ -68,7 +71,10 @@ def test_patch_contrast_equals_plain(subset, block):
     anchors = torch.tensor([0, 3, 7, 12, 13, 23]) if subset else None
     q = torch.randn(6 if subset else 24, 16, generator=g)
     a, b = q.clone().requires_grad_(), q.clone().double().requires_grad_()
-    fast, plain = patch_contrast(a, k, TAU, anchors, block=block), plain_patch_contrast(b, k.double(), TAU, anchors)
+    fast, plain = (
+        patch_contrast(a, k, TAU, anchors, block=block),
+        plain_patch_contrast(b, k.double(), TAU, anchors),
+    )
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     (3 * fast).backward()
     (3 * plain).backward()
@@ -78,14 +84,20 @@ def test_patch_contrast_equals_plain(subset, block):
 def test_patch_contrast_at_the_same_position():
     q, k = torch.randn(6, 8), torch.randn(3, 2, 8)
     u, w = F.normalize(q, dim=-1).view(3, 2, 8), F.normalize(k, dim=-1)
-    expected = torch.stack([F.cross_entropy(u[:, p] @ w[:, p].T / TAU, torch.arange(3)) for p in range(2)]).mean()
+    expected = torch.stack(
+        [F.cross_entropy(u[:, p] @ w[:, p].T / TAU, torch.arange(3)) for p in range(2)]
+    ).mean()
     assert patch_contrast(q, k, TAU, negatives="position").item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_collapse_is_log_of_the_number_of_negatives():
     same = torch.ones(4 * 9, 8)
-    assert patch_contrast(same, same.view(4, 9, 8), TAU).item() == pytest.approx(math.log(1 + 3 * 9), rel=1e-5)
-    assert global_contrast(torch.ones(2, 4, 8), torch.ones(2, 4, 8), TAU).item() == pytest.approx(math.log(4), rel=1e-5)
+    assert patch_contrast(same, same.view(4, 9, 8), TAU).item() == pytest.approx(
+        math.log(1 + 3 * 9), rel=1e-5
+    )
+    assert global_contrast(torch.ones(2, 4, 8), torch.ones(2, 4, 8), TAU).item() == pytest.approx(
+        math.log(4), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("crops", [2, 5])
@@ -117,7 +129,9 @@ def test_mean_cosines_equal_the_matrix():
     assert positive.item() == pytest.approx(s.diagonal().mean().item(), abs=1e-6)
     assert negative.item() == pytest.approx(s[other].mean().item(), abs=1e-6)
     some = torch.tensor([1, 2, 9])
-    assert mean_cosines(q[some], k, some)[1].item() == pytest.approx(s[some][other[some]].mean().item(), abs=1e-6)
+    assert mean_cosines(q[some], k, some)[1].item() == pytest.approx(
+        s[some][other[some]].mean().item(), abs=1e-6
+    )
 
 
 def two_ranks(rank, ranks, folder):
@@ -128,7 +142,8 @@ def two_ranks(rank, ranks, folder):
     u, x = u[:, part].requires_grad_(), x[part].requires_grad_()
     loss = torch.stack([global_contrast(u, w[:, part], TAU), reconstruction(x, y[part], mask[part])])
     loss.sum().backward()
-    torch.save((loss.detach(), u.grad / ranks, x.grad / ranks), folder / f"{ranks}-{rank}.pt")   # DDP takes the mean
+    # DDP takes the mean
+    torch.save((loss.detach(), u.grad / ranks, x.grad / ranks), folder / f"{ranks}-{rank}.pt")
 
 
 def test_two_ranks_equal_one(tmp_path):

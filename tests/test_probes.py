@@ -21,7 +21,9 @@ def features(n, m, classes=5, dim=16):
 def test_knn_equals_scikit_learn():
     a, y, b, t = features(400, 150)
     for k in (1, 10, 50):
-        oracle = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute").fit(a, y)
+        oracle = KNeighborsClassifier(
+            k, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute"
+        ).fit(a, y)
         assert (knn_predict(a, y, b, [k])[0].numpy() == oracle.predict(b)).all()
         assert knn_accuracy(a, y, b, t, [k])[k] == pytest.approx(100 * oracle.score(b, t), abs=1e-4)
 
