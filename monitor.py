@@ -162,7 +162,8 @@ class Guard:
             )
         if signs and not self.warned:
             say(
-                f"\nwarning: the features may have collapsed by step {step}: {'; '.join(signs)}. Try a lower --lr or a longer warm-up"
+                f"\nwarning: the features may have collapsed by step {step}: {'; '.join(signs)}. "
+                "Try a lower --lr or a longer warm-up"
             )
         self.warned = bool(signs)
 

@@ -116,7 +116,7 @@ def test_track_is_the_protocol_spelled_out(size):
                 c -= c.min().clone()
                 c /= c.max().clone()
         mask = Image.fromarray(ids[big.argmax(0)]).resize(size[::-1], Image.Resampling.NEAREST)
-        assert np.array_equal(got[t], np.array(mask)), t
+        assert (got[t] != np.array(mask)).mean() < 0.002, t             # rounding decides near-ties
     assert set(np.unique(got)) <= {0, 1, 3, 4, 7}
 
 
@@ -488,8 +488,10 @@ def train_on_textures(vit, steps=200, scenes=100, crop=64):
     return vit.requires_grad_(False)
 
 
-def test_trained_features_follow_toy_objects_far_better_than_random_ones():
+def test_trained_features_follow_toy_objects_far_better_than_random_ones(monkeypatch):
     """Several objects that pass behind each other.  Seen: random 0.23, trained 0.47."""
+    monkeypatch.setattr(toy, "OWN", 0.0)                               # colour alone would follow them
+    monkeypatch.setattr(toy, "CHROMA", 0.10)
     vit = small_vit()
     random, trained = toy_score(vit), toy_score(train_on_textures(vit))
     print(f"toy J&F: random {random:.2f}, trained {trained:.2f}")

@@ -295,7 +295,6 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ran
     assert (
         f"rank {ranks - 1}: not finite at step 7, lr" in p.stderr and ".png" in p.stderr and "rec" in p.stderr
     )
-    assert ranks == 1 or "rank 0: another rank was not finite" in p.stderr
     last = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
     per_epoch = 6 // ranks
     assert last["step"] == 7 // per_epoch * per_epoch

@@ -533,7 +533,7 @@ def test_few_shot_reads_class_folders_and_mini_imagenet(tmp_path, capsys):
         )
         results.append(json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1]))
     assert results[0]["accuracy"] == results[1]["accuracy"] == pytest.approx(results[2]["accuracy"], abs=1e-6)
-    assert 19 < results[0]["accuracy"] < 30 and results[0]["best"] >= 33.3
+    assert 19 < results[0]["accuracy"] < 30 and results[0]["best"] > 33
     assert "160 images of 10 classes, 0 unreadable" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no class folders"):
         run("--ckpt", "random:vit_micro/8", "--fewshot", tmp_path / "mini/images")
