@@ -5,8 +5,8 @@ DeiT, solo-learn and lightly.  It probes by keys, never by file name, reads the 
 and is strict: a backbone weight that is missing, unknown or of another shape is an error, so random weights
 are never evaluated.
 
-    vit, report = load_backbone("dino_deitsmall16_pretrain.pth")      # report: one line to print vit, report
-    = load_backbone("random:vit_b")                       # the untrained row of a table; random:vit_s/14 too
+    vit, report = load_backbone("dino_deitsmall16_pretrain.pth")      # report: one line to print
+    vit, report = load_backbone("random:vit_b")     # the untrained row of a table; random:vit_s/14 too
 """
 import argparse
 import contextlib
@@ -75,11 +75,8 @@ def load(path: str | os.PathLike) -> dict:
         raise
     except Exception as e:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = (
-            f"it asks for {wanted[1]}, which is refused"
-            if wanted
-            else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}"
-        )
+        why = (f"it asks for {wanted[1]}, which is refused" if wanted
+               else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}")
         raise ValueError(f"{path}: not a checkpoint of tensors ({why})") from e
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
@@ -107,28 +104,19 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
         changed = [f"--{k} {content['options'].get(k)} -> {v}" for k, v in options.items()
                    if k not in harmless and content["options"].get(k) != v]
         if changed and not args.force:
-            raise ValueError(
-                f"{out} holds a run with other options: {', '.join(changed)}; give another --output_dir, "
-                "or --force to go on with the new ones"
-            )
+            raise ValueError(f"{out} holds a run with other options: {', '.join(changed)}; "
+                             "give another --output_dir, or --force to go on with the new ones")
     if is_main():
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        run = {
-            "command": sys.argv,
-            "options": options,
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "commit": commit.stdout.strip() or None,
-        }
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True)
+        run = {"command": sys.argv, "options": options, "torch": torch.__version__,
+               "python": sys.version.split()[0], "commit": commit.stdout.strip() or None}
         (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
     return content
 
 
-def load_backbone(
-    path: str, checkpoint_key: str | None = None, num_heads: int | None = None
-) -> tuple[ViT, str]:
+def load_backbone(path: str, checkpoint_key: str | None = None,
+                  num_heads: int | None = None) -> tuple[ViT, str]:
     """The encoder in a checkpoint file of any method, in eval mode, without gradients, in float32.
 
     path: a file, or 'random:ARCH' / 'random:ARCH/PATCH' for seeded random weights.  checkpoint_key: take the
@@ -142,23 +130,18 @@ def load_backbone(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = vit(arch, patch_size=int(patch or 16))
-        return model.eval().requires_grad_(
-            False
-        ), f"{path}: RANDOM weights, seed 0 (the untrained row of a table)"
+        return (model.eval().requires_grad_(False),
+                f"{path}: RANDOM weights, seed 0 (the untrained row of a table)")
     content = load(path)
     name, prefix, state = find_weights(path, content, checkpoint_key)
     source = guess_source(content, name, prefix)
     config = content.get("arch") if isinstance(content.get("arch"), dict) else None
     state, dropped = select(path, state)
-    dropped += [
-        k
-        for k, v in (content[name] if name else content).items()
-        if isinstance(v, Tensor) and not k.startswith(prefix)
-    ]
+    dropped += [k for k, v in (content[name] if name else content).items()
+                if isinstance(v, Tensor) and not k.startswith(prefix)]
     state = fold_prefix(state)
     config = config or read_config(
-        path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None)
-    )
+        path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None))
     model = ViT(**config)
     check_keys(path, model.state_dict(), state)
     model.load_state_dict({k: v.float() for k, v in state.items()})
@@ -173,8 +156,8 @@ def load_backbone(
 
 
 def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[str, Tensor]]:
-    """Every place that holds a patch embedding is a backbone: (container, prefix, its tensors); the teacher's
-    first."""
+    """Every place that holds a patch embedding is a backbone: (container, prefix, its tensors).
+    The teacher's is preferred."""
     containers = {"": content} | {k: v for k, v in content.items() if isinstance(v, dict)}
     found = []
     for name, tensors in containers.items():
@@ -187,20 +170,12 @@ def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[s
     if key is not None:
         found = [f for f, n in zip(found, names, strict=True) if key in re.split(r"[/.]", n)]
     if not found:
-        keys = [
-            f"{n}.{k}" if n else k
-            for n, t in containers.items()
-            for k in summary(map(str, t))
-            if n or k not in containers
-        ]
-        wanted = (
-            f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})"
-            if key
-            else "no ViT in it"
-        )
-        raise ValueError(
-            f"{path}: {wanted}: expected ...patch_embed.proj.weight, found {', '.join(keys[:12]) or 'nothing'}"
-        )
+        keys = [f"{n}.{k}" if n else k for n, t in containers.items() for k in summary(map(str, t))
+                if n or k not in containers]
+        wanted = (f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})" if key
+                  else "no ViT in it")
+        raise ValueError(f"{path}: {wanted}: expected ...patch_embed.proj.weight, "
+                         f"found {', '.join(keys[:12]) or 'nothing'}")
 
     def order(f):
         return next((i for i, t in enumerate(TEACHERS) if t in f[0] + "/" + f[1]), len(TEACHERS))
@@ -268,8 +243,7 @@ def read_config(path, state: dict[str, Tensor], num_heads: int | None) -> dict:
 
 
 def check_keys(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the backbone keys that are missing, unknown, of another shape or not
-    finite."""
+    """Raises ValueError naming the backbone keys that are missing, unknown, misshapen or not finite."""
     shapes = [f"{k} {tuple(found[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
               if k in found and found[k].shape != v.shape]
     broken = [k for k, v in found.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -280,10 +254,8 @@ def check_keys(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> N
         ("is not finite in", broken),
     ):
         if keys:
-            raise ValueError(
-                f"{path}: not a plain ViT: the backbone {what} {len(keys)} keys: {', '.join(keys[:4])}"
-                f"{' ...' if len(keys) > 4 else ''}"
-            )
+            raise ValueError(f"{path}: not a plain ViT: the backbone {what} {len(keys)} keys: "
+                             f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}")
 
 
 def guess_source(content: dict, name: str, prefix: str) -> str:

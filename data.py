@@ -1,8 +1,8 @@
 """Images: read any file, find them in any folder, feed them to the ranks in an order that can be repeated.
 
-    --data DIR       any folder: flat or nested, labelled by class folders or not; DIR/train and DIR/val if
-    they exist --data toy       the generated world of toy.py --data pets      cifar10, cifar100, stl10,
-    flowers102, pets, cars, aircraft, through torchvision (--download)
+    --data DIR   any folder: flat or nested, with class folders or not; DIR/train and DIR/val if they exist
+    --data toy   the generated world of toy.py
+    --data pets  cifar10, cifar100, stl10, flowers102, pets, cars, aircraft, through torchvision (--download)
 
 An image source is anything with `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (or None) and
 `classes`. Everything random about a training image comes from a generator of its own, seeded by (seed, epoch,
@@ -33,8 +33,8 @@ class BadImage(ValueError):
 
 
 def seed_of(*parts) -> int:
-    """A 63-bit seed from any printable parts, the same on every machine: seed_of(0, 'epoch', 3) != seed_of(0,
-    3)."""
+    """A 63-bit seed from any printable parts, the same on every machine:
+    seed_of(0, 'epoch', 3) != seed_of(0, 3)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -65,14 +65,12 @@ def read_image(path: str | os.PathLike) -> Tensor:
                 raise ValueError(f"{im.width}x{im.height} is more than {MAX_PIXELS} pixels")
             if im.format == "JPEG" and im.mode in ("RGB", "L"):
                 data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-                return torchvision.io.decode_jpeg(
-                    data, torchvision.io.ImageReadMode.RGB, apply_exif_orientation=True
-                )
+                return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB,
+                                                  apply_exif_orientation=True)
             return pil_to_tensor(im)
     except Exception as e:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ...
-        raise BadImage(
-            f"{path}: not a readable image ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-        ) from e
+        raise BadImage(f"{path}: not a readable image ({type(e).__name__}: "
+                       f"{str(e).splitlines()[0] if str(e) else ''})") from e
 
 
 def pil_to_tensor(im: Image.Image) -> Tensor:
@@ -93,9 +91,8 @@ class Files:
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise ValueError(
-                f"{self.root}: no such folder of images" + (" (it is a file)" if self.root.exists() else "")
-            )
+            raise ValueError(f"{self.root}: no such folder of images"
+                             + (" (it is a file)" if self.root.exists() else ""))
         found, others = [], 0
         for folder, subfolders, files in os.walk(self.root, followlinks=True):
             subfolders.sort()
@@ -103,9 +100,8 @@ class Files:
             others += len(files) - len(kept)
             found += [os.path.join(folder, f) for f in kept]
         if not found:
-            raise ValueError(
-                f"{self.root}: holds no image ({others} other files); expected {' '.join(sorted(EXTENSIONS))}"
-            )
+            raise ValueError(f"{self.root}: holds no image ({others} other files); "
+                             f"expected {' '.join(sorted(EXTENSIONS))}")
         self.files = sorted(found)
         tops = [Path(f).relative_to(self.root).parts for f in self.files]
         self.classes = sorted({t[0] for t in tops if len(t) > 1})
@@ -124,8 +120,9 @@ class Files:
 
 
 class Named:
-    """One of torchvision's data sets as an image source.  name, split: as in `NAMED`; root: where torchvision
-    keeps it."""
+    """One of torchvision's data sets as an image source.
+
+    name, split: as in `NAMED`; root: where torchvision keeps it."""
 
     def __init__(self, name: str, split: str, root: str, download: bool):
         cls, splits, targets = NAMED[name]
@@ -159,20 +156,18 @@ NAMED = {  # name: (class, arguments per split, attributes that may hold the lab
     "stl10": (_tv.STL10, {"train": {"split": "train+unlabeled"}, "val": {"split": "test"}}, ["labels"]),
     "flowers102": (_tv.Flowers102, {"train": {"split": "train"}, "val": {"split": "test"}}, ["_labels"]),
     "pets": (_tv.OxfordIIITPet, {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
-    "cars": (
-        _tv.StanfordCars,
-        {"train": {"split": "train"}, "val": {"split": "test"}},
-        ["_labels", "_samples"],
-    ),
+    "cars": (_tv.StanfordCars, {"train": {"split": "train"}, "val": {"split": "test"}},
+             ["_labels", "_samples"]),
     "aircraft": (_tv.FGVCAircraft, {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
 }
 
 
 def open_images(data: str, split: str = "train", data_root: str = "data", download: bool = False,
                 toy_size: int = 64, toy_n: int = 4000, seed: int = 0):
-    """The image source that `--data` names.  split: 'train' or 'val'.  A folder with subfolders train/ and
-    val/ is split by them; DIR/train finds DIR/val beside it.  Returns None where there is no val
-    split.  Raises ValueError."""
+    """The image source that `--data` names.  split: 'train' or 'val'.
+
+    A folder with subfolders train/ and val/ is split by them; DIR/train finds DIR/val beside it.  Returns
+    None where there is no val split.  Raises ValueError."""
     if data == "toy":
         return ToyImages(split, toy_n, toy_size, seed)
     if data in NAMED and not Path(data).is_dir():
@@ -187,11 +182,10 @@ def open_images(data: str, split: str = "train", data_root: str = "data", downlo
 
 
 class Views(Dataset):
-    """transform(image, generator) of item (epoch, index), where the generator is seeded by (seed, epoch,
-    index).
+    """transform(image, generator) of item (epoch, index), the generator seeded by (seed, epoch, index).
 
     Returns what the transform returns (a dict) with "index" added, and "bad" = index, or -1 if it was
-    readable. A bad image is replaced by the next readable one, the same on every worker.  Raises BadImage
+    readable.  A bad image is replaced by the next readable one, the same on every worker.  Raises BadImage
     after 100 in a row."""
 
     def __init__(self, images, transform: Callable, seed: int):
@@ -215,12 +209,12 @@ class Views(Dataset):
 
 
 class EpochSampler(Sampler):
-    """This rank's share of each epoch's permutation, as (epoch, index), in whole global batches; the rest is
-    dropped.
+    """This rank's share of each epoch's permutation, as (epoch, index).  Whole global batches only, the
+    rest is dropped.
 
-    Step s of an epoch holds items s*G ... (s+1)*G of the permutation, G = W*B, and rank r takes the r-th B of
-    these: the global batch is the same for any number of ranks.  `set_epoch(epoch, step)` starts in the
-    middle."""
+    Step s of an epoch holds items s*G ... (s+1)*G of the permutation, G = W*B, and rank r takes the r-th B
+    of these: the global batch is the same for any number of ranks.  `set_epoch(epoch, step)` starts in the
+    middle of an epoch."""
 
     def __init__(self, n: int, batch_size: int, seed: int):
         self.n, self.batch_size, self.seed = n, batch_size, seed
@@ -236,9 +230,8 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         order = torch.randperm(self.n, generator=generator_of(self.seed, "order", self.epoch))
-        order = order[: self.steps * self.ranks * self.batch_size].view(
-            self.steps, self.ranks, self.batch_size
-        )
+        order = (order[:self.steps * self.ranks * self.batch_size]
+                 .view(self.steps, self.ranks, self.batch_size))
         for index in order[self.step:, self.rank].flatten().tolist():
             yield self.epoch, index
 
@@ -250,17 +243,9 @@ def train_loader(views: Views, batch_size: int, workers: int, pin: bool = False)
     if sampler.steps == 0:
         raise ValueError(f"{len(views)} images do not fill one global batch of {batch_size * sampler.ranks}: "
                          f"lower --batch_size (now {batch_size} per rank, {sampler.ranks} ranks)")
-    return DataLoader(
-        views,
-        batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin,
-        drop_last=True,
-        persistent_workers=workers > 0,
-        worker_init_fn=init_worker,
-        prefetch_factor=4 if workers else None,
-    )
+    return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin, drop_last=True,
+                      persistent_workers=workers > 0, worker_init_fn=init_worker,
+                      prefetch_factor=4 if workers else None)
 
 
 def init_worker(_worker: int) -> None:

@@ -19,13 +19,8 @@ def init(device: str = "auto") -> torch.device:
     or a torch device name.  Raises ValueError for a device that this machine does not have."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available() and ranks == 1
-            else "cpu"
-        )
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if device == "cuda":
@@ -69,8 +64,8 @@ def fail(message: str, code: int = MISUSED) -> None:
 
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal) ask for a stop; the loop looks at `asked` once a step,
-    and the ranks agree on it.  A second SIGINT stops at once.  Loader workers ignore all three: see
-    `ignore_signals`."""
+    and the ranks agree on it.  A second SIGINT stops at once.  Loader workers ignore all
+    three (`ignore_signals`)."""
 
     def __init__(self):
         self.asked = False

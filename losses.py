@@ -14,12 +14,11 @@ from distributed import all_gather, all_sum, world_size
 def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Eq. (1): mean absolute error over the corrupted pixels only.
 
-        L_rec = sum_i M_i |x_i - xhat_i| / sum_i M_i,   i over pixels and channels of the whole batch, all
-        ranks
+        L_rec = sum_i M_i |x_i - xhat_i| / sum_i M_i,   i over pixels and channels of the batch on all ranks
 
-    pred: (..., K) carries gradient.  target: the same shape, normalised pixels of the clean view. mask: bool,
-    True = corrupted, broadcastable to pred.  No gradient reaches an uncorrupted pixel. The mean of this over
-    W ranks is the loss of the joined batch, since the denominator is summed over them."""
+    pred: (..., K) carries gradient.  target: the same shape, normalised pixels of the clean view.
+    mask: bool, True = corrupted, broadcastable to pred.  No gradient reaches an uncorrupted pixel.
+    The mean of this over W ranks is the loss of the joined batch: the denominator is summed over them."""
     mask = mask.expand_as(pred)
     error = (pred.float() - target.float()).abs() * mask
     return error.sum() * world_size() / all_sum(mask.sum()).clamp(min=1)
@@ -28,14 +27,13 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
     """Eq. (3): InfoNCE of student CLS queries against the teacher's CLS keys of all ranks.
 
-        L_cls = - mean_b log exp(u_b.w_b/tau) / sum_j exp(u_b.w_j/tau),   j over the W*B keys of one teacher
-        view
+        L_cls = - mean_b log exp(u_b.w_b/tau) / sum_j exp(u_b.w_j/tau),   j over one view's W*B teacher keys
 
     u: (V+L, B, C) student, global views first, carries gradient.  w: (V, B, C) teacher, none.  Both are
-    normalised here. Averaged over the pairs (student crop i, teacher view j) with i != j: cross-view, local
-    crops against both views. The gather changes the loss: without it the negatives are those of one
-    rank.  Gathered keys need equal batches, and the labels of rank r begin at r*B; forgetting either is
-    invisible on one rank."""
+    normalised here.  Averaged over the pairs (student crop i, teacher view j) with i != j: cross-view, local
+    crops against both views.  The gather changes the loss: without it the negatives are those of one rank.
+    Gathered keys need equal batches, and the labels of rank r begin at r*B; forgetting either is invisible
+    on one rank."""
     u, w = F.normalize(u.float(), dim=-1), F.normalize(w.detach().float(), dim=-1)
     loss = 0.0
     for j in range(len(w)):
@@ -48,16 +46,17 @@ def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
 
 def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
                    negatives: str = "others", block: int = 784) -> Tensor:
-    """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank, in
-    one view.
+    """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank,
+    in one view.
 
-        L_pat = - mean_a log exp(q_a.k_a/tau) / ( exp(q_a.k_a/tau) + sum_(b' != b(a), p')
-        exp(q_a.k_(b'p')/tau) )
+        L_pat = - mean_a log exp(q_a.k_a/tau) / Z_a
+        Z_a   = exp(q_a.k_a/tau) + sum_(b' != b(a), p') exp(q_a.k_(b'p')/tau)
 
-    q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here. anchors: (A,)
-    index of each q among the B*N patches, None when A = B*N in order. negatives: 'others' = all patches of
-    the other images; 'position' = only those at the same place of the grid. The own image's other patches are
-    neither positive nor negative.  Plain form: tests/test_losses.py."""
+    q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here.
+    anchors: (A,) index of each q among the B*N patches, None when A = B*N in order.
+    negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the
+    grid.  The own image's other patches are neither positive nor negative.
+    Plain form: tests/test_losses.py."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     B, N, C = k.shape
     if anchors is None:

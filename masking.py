@@ -72,11 +72,10 @@ def crop_box(H: int, W: int, scale: tuple[float, float], g: torch.Generator) -> 
     return (H - h) // 2, (W - w) // 2, h, w
 
 
-def random_resized_crop(
-    image: Tensor, size: int, scale: tuple[float, float], flip: float, g: torch.Generator
-) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic, mirrored at
-    times."""
+def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], flip: float,
+                        g: torch.Generator) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic, mirrored
+    with probability `flip`."""
     top, left, h, w = crop_box(*image.shape[1:], scale, g)
     crop = image[None, :, top:top + h, left:left + w]
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
@@ -87,8 +86,8 @@ class MultiCrop:
     """2 global views and n local crops of an image, with the random numbers that `colour` and `gmml` need.
 
     Call: (image (3, H, W) uint8, generator) -> dict of tensors without the batch dimension:
-      global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8; colour (2+n, 11), blocks (2, K, 4), kind
-      (2, 3)."""
+      global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8;
+      colour (2+n, 11), blocks (2, K, 4), kind (2, 3)."""
 
     def __init__(self, augmentation: Augmentation, corruption: GMML):
         self.a, self.c = augmentation, corruption
@@ -101,8 +100,8 @@ class MultiCrop:
         return out | ({"local": torch.stack(local)} if n else {})
 
     def draw_colour(self, g: torch.Generator) -> Tensor:
-        """(2+n, 11): what `colour` does to each crop: [4 factors, 4 = order of the ops, grey, sigma or 0,
-        solarize]."""
+        """(2+n, 11): what `colour` does to each crop:
+        [4 factors, 4 = order of the ops, grey, sigma or 0, solarize]."""
         a, n = self.a, self.a.local_number
         kinds = torch.tensor([0, 1] + [2] * n)
         r = torch.rand(2 + n, 12, generator=g)
@@ -118,9 +117,9 @@ class MultiCrop:
                           sigma[:, None], solarize[:, None]], dim=1)
 
     def draw_blocks(self, g: torch.Generator) -> dict[str, Tensor]:
-        """blocks (2, K, 4): top, left, bottom, right of rectangles in pixels, unclipped; kind (2, 3) float64:
-        the area to reach (share), where to look for the alien (0 ... 1, or -1 for noise), the seed of the
-        noise."""
+        """blocks (2, K, 4): top, left, bottom, right of rectangles in pixels, unclipped.
+        kind (2, 3) float64: the area to reach (share), where to look for the alien (0 ... 1, or -1 for
+        noise), the seed of the noise."""
         c, cells = self.c, self.a.global_size // self.c.align
         largest = max(1, int(c.block * cells))
         size = 1 + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * largest).long().clamp(max=largest - 1)
@@ -128,15 +127,15 @@ class MultiCrop:
         start = low + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * (cells - low)).long()
         r = torch.rand(2, 3, generator=g, dtype=torch.float64)
         noise = r[:, 0] < c.noise_p
-        area = torch.where(
-            noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]), c.drop_replace
-        )
+        area = torch.where(noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]),
+                           c.drop_replace)
         seeds = torch.randint(2 ** 52, (2,), generator=g).double()
         return {"blocks": (torch.cat([start, start + size], -1) * c.align).int(),
                 "kind": torch.stack([area, torch.where(noise, -1.0, r[:, 2]), seeds], dim=1)}
 
 
-# ---- colour, on the device: each op is torchvision.transforms.functional's of the same name, with a factor per image ----
+# ---- colour, on the device ----
+# Each op is torchvision.transforms.functional's of the same name, with a factor per image.
 
 def per_image(f: Tensor) -> Tensor:
     return f.view(-1, 1, 1, 1)
@@ -182,11 +181,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur each image with its own sigma (pixels), reflected at the borders.  Rows and columns are blurred by
     a product with a banded matrix, which is faster than a convolution with a different kernel per image. The
     kernel reaches 3 sigma of the largest sigma in the recipe, 13 taps at sigma 2, less on tiny images."""
-    return (
-        blur_matrix(sigma, x.shape[2])[:, None]
-        @ x
-        @ blur_matrix(sigma, x.shape[3])[:, None].transpose(-1, -2)
-    )
+    return (blur_matrix(sigma, x.shape[2])[:, None] @ x
+            @ blur_matrix(sigma, x.shape[3])[:, None].transpose(-1, -2))
 
 
 def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
@@ -215,11 +211,8 @@ def colour(x: Tensor, draw: Tensor) -> Tensor:
             i = chosen((draw[:, 4 + slot] == op) & (draw[:, op] != neutral[op]))
             if len(i):
                 x[i] = ops[op](x[i], values[i, op])
-    for column, fn in (
-        (8, lambda x, _: grayscale(x).expand_as(x)),
-        (9, gaussian_blur),
-        (10, lambda x, _: solarize(x)),
-    ):
+    for column, fn in ((8, lambda x, _: grayscale(x).expand_as(x)), (9, gaussian_blur),
+                       (10, lambda x, _: solarize(x))):
         i = chosen(draw[:, column] > 0)
         if len(i):
             x[i] = fn(x[i], values[i, column])
@@ -253,9 +246,9 @@ def block_mask(blocks: Tensor, area: Tensor, size: int) -> Tensor:
 def gmml(x: Tensor, blocks: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """Corrupt one view of a batch (METHOD, "GMML corruption").
 
-    x: (B, 3, S, S) normalised.  blocks (B, K, 4), kind (B, 3): of `MultiCrop.draw_blocks`; kind stays on the
-    CPU. Returns (corrupted x, mask (B, S, S), True = corrupted).  Raises ValueError for a batch of one: no
-    alien exists."""
+    x: (B, 3, S, S) normalised.  blocks (B, K, 4), kind (B, 3): of `MultiCrop.draw_blocks`; kind stays on
+    the CPU.  Returns (corrupted x, mask (B, S, S), True = corrupted).  Raises ValueError for a batch of
+    one: no alien exists."""
     B, _, S, _ = x.shape
     if B < 2:
         raise ValueError("GMML needs another image to take pixels from: a batch of 2 or more per rank")
@@ -270,7 +263,7 @@ def gmml(x: Tensor, blocks: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:
-    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted (0: any
-    pixel)."""
+    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted
+    (0: any pixel)."""
     covered = patchify(mask[:, None].float(), p).mean(-1)
     return covered >= share if share > 0 else covered > 0

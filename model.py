@@ -6,8 +6,8 @@ reconstruction head: 3-layer MLP to the pixels of a patch, no norm (Sec. "Implem
 the paper: nothing.
 
 Shapes: B images, H x W pixels, P patch size, N = h*w patches, R registers, T = 1 + R + N tokens, D width.
-Token order is always [cls, registers, patches]: tokens[:, 0] is CLS, tokens[:, vit.num_prefix_tokens:] the
-patches. """
+Token order is always [cls, registers, patches]: tokens[:, 0] is CLS, and the patches are
+tokens[:, vit.num_prefix_tokens:]."""
 import copy
 import math
 
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#         name: (width D, blocks, heads)                                   change this line to add an architecture
+# name: (width D, blocks, heads); change this line to add an architecture
 ARCHS = {"vit_micro": (128, 4, 4), "vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}
 ALIASES = {"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b"}
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch for whole images with probability p while training (Huang et
-    al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): while training, drop a residual branch for whole images with
+    probability p."""
 
     def __init__(self, p: float = 0.0):
         super().__init__()
@@ -55,9 +55,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor):
         B, T, D = x.shape
-        return (
-            self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        return (self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+                .permute(2, 0, 3, 1, 4).unbind(0))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)                                        # 3 x (B, heads, T, D/heads)
@@ -81,9 +80,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, init_values: float | None
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float,
+                 init_values: float | None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -107,14 +105,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)          # kept as a convolution for its names
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image.  Raises ValueError where the image is not made of whole
-        patches."""
+        """Rows and columns of patches of an image.  Raises ValueError if it is not made of whole patches."""
         P, S = self.patch_size, self.stride
         if height < P or width < P or (height - P) % S or (width - P) % S:
-            raise ValueError(
-                f"image of {height}x{width} pixels does not divide into patches of {P} at stride {S}: "
-                f"give sides that are a multiple of {P}"
-            )
+            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {P} at "
+                             f"stride {S}: give sides that are a multiple of {P}")
         return (height - P) // S + 1, (width - P) // S + 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,11 +137,7 @@ class ViT(nn.Module):
                            num_heads=num_heads, mlp_ratio=mlp_ratio, init_values=init_values,
                            reg_tokens=reg_tokens, fixed_pos=fixed_pos)
         self.patch_size, self.embed_dim, self.depth, self.num_prefix_tokens = (
-            patch_size,
-            embed_dim,
-            depth,
-            1 + reg_tokens,
-        )
+            patch_size, embed_dim, depth, 1 + reg_tokens)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.base_grid = self.patch_embed.grid(img_size, img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -250,9 +241,10 @@ def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
 
 
 def contrastive_head(dim: int, hidden: int = 4096, out: int = 256, norm: bool = True) -> nn.Sequential:
-    """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.  The norms
-    always use the statistics of the batch, in the teacher too, so they keep none; a batch of one is
-    invalid."""
+    """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.
+
+    The norms always use the statistics of the batch, in the teacher too, so they keep none; a batch of one
+    is invalid."""
     def bn(width, affine=True):
         return [nn.BatchNorm1d(width, affine=affine, track_running_stats=False)] if norm else []
     return nn.Sequential(nn.Linear(dim, hidden, bias=not norm), *bn(hidden), nn.GELU(),
@@ -270,7 +262,7 @@ class MMC(nn.Module):
     """A backbone with the heads whose losses are on: the student, and, without `h_rec`, the teacher.
 
     rec, pat, cls: which heads exist.  hidden, out: widths of the heads.  head_norm: BatchNorm in the
-    contrastive ones. One forward call does a whole step, as DistributedDataParallel wants it."""
+    contrastive ones.  One forward call does a whole step, as DistributedDataParallel wants it."""
 
     def __init__(self, backbone: ViT, rec: bool = True, pat: bool = True, cls: bool = True,
                  hidden: int = 4096, out: int = 256, head_norm: bool = True):
@@ -289,12 +281,12 @@ class MMC(nn.Module):
 
     def forward(self, images: Tensor, local: Tensor | None = None, rec_tokens: Tensor | None = None,
                 pat_tokens: Tensor | None = None) -> dict[str, Tensor]:
-        """images: (V*B, 3, H, W) global views, view by view.  local: (L*B, 3, h, w) local crops, whose CLS
-        only is read. rec_tokens, pat_tokens: indices into the V*B*N patches; `h_rec` and `h_pat` run on these
-        only (None: on all).
+        """images: (V*B, 3, H, W) global views, view by view.
+        local: (L*B, 3, h, w) local crops, of which only CLS is read.
+        rec_tokens, pat_tokens: indices into the V*B*N patches; `h_rec` and `h_pat` run on these only
+        (None: on all).
 
-        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, keys only of the heads that
-        exist."""
+        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, keys of existing heads only."""
         tokens = self.backbone(images)                                  # (V*B, T, D)
         cls, patches = tokens[:, 0], tokens[:, self.backbone.num_prefix_tokens:].flatten(0, 1)    # (V*B*N, D)
         if local is not None and self.h_cls is not None:
@@ -323,8 +315,7 @@ def momentum_teacher(student: MMC) -> MMC:
 
 @torch.no_grad()
 def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in float32, in place, parameter by
-    parameter."""
+    """teacher = momentum * teacher + (1 - momentum) * student, in float32, in place, for each parameter."""
     source = dict(student.named_parameters())
     names, params = zip(*teacher.named_parameters(), strict=True)
     torch._foreach_lerp_(list(params), [source[n] for n in names], 1.0 - momentum)

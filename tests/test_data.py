@@ -49,9 +49,8 @@ def write_broken(folder):
     (folder / "text.jpg").write_text("this is a letter, not a picture")
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)                        # a 3.6 gigapixel PNG
     chunk = b"IHDR" + header
-    (folder / "bomb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    )
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
+                                      + struct.pack(">I", zlib.crc32(chunk)))
     return 4
 
 
@@ -66,13 +65,10 @@ def test_odd_images_are_read(tmp_path):
     def close(name, expected=truth, tolerance=12):
         return (read_image(tmp_path / name).float() - expected).abs().mean() < tolerance
 
-    assert all(
-        close(f"0_{n}") for n in ("RGB.jpg", "RGB.png", "RGBA.png", "web.webp", "upper.JPG", "scan.tiff")
-    )
-    assert (
-        close("0_CMYK.jpg", tolerance=40)
-        and read_image(tmp_path / "0_CMYK.jpg")[0, 0, -1] > read_image(tmp_path / "0_CMYK.jpg")[0, 0, 0]
-    )
+    assert all(close(f"0_{n}")
+               for n in ("RGB.jpg", "RGB.png", "RGBA.png", "web.webp", "upper.JPG", "scan.tiff"))
+    assert (close("0_CMYK.jpg", tolerance=40) and
+            read_image(tmp_path / "0_CMYK.jpg")[0, 0, -1] > read_image(tmp_path / "0_CMYK.jpg")[0, 0, 0])
     assert read_image(tmp_path / "0_turned.jpg").shape == (3, 40, 30)                     # upright by its tag
     grey = read_image(tmp_path / "0_16bit.png")
     assert grey.max() > 240 and grey.float().std() > 50                                  # scaled, not clipped
@@ -149,11 +145,8 @@ def test_named_set_without_network(tmp_path, monkeypatch):
             return picture("L"), self.targets[i]
     monkeypatch.setitem(data.NAMED, "cifar10", (Fake, *data.NAMED["cifar10"][1:]))
     source = open_images("cifar10", "val", str(tmp_path))
-    assert (
-        source.labels == [0, 1, 1]
-        and source.read(0).shape == (3, 30, 40)
-        and source.name(2) == "cifar10/val/2"
-    )
+    assert (source.labels == [0, 1, 1] and source.read(0).shape == (3, 30, 40)
+            and source.name(2) == "cifar10/val/2")
 
 
 def test_seeds_are_stable():

@@ -97,11 +97,8 @@ def test_mask_to_patches_is_by_majority():
 def test_colour_op_equals_torchvision(name):
     x = torch.rand(5, 3, 9, 7, generator=torch.Generator().manual_seed(0))
     x[0, :, 0, 0] = 0.5  # a grey pixel has no hue
-    factors = (
-        torch.tensor([-0.5, -0.2, 0.0, 0.3, 0.5])
-        if name == "adjust_hue"
-        else torch.tensor([0.0, 0.6, 1.0, 1.4, 3.0])
-    )
+    factors = (torch.tensor([-0.5, -0.2, 0.0, 0.3, 0.5]) if name == "adjust_hue"
+               else torch.tensor([0.0, 0.6, 1.0, 1.4, 3.0]))
     expected = torch.stack([getattr(tvf, name)(i, float(f)) for i, f in zip(x, factors, strict=True)])
     assert torch.allclose(getattr(masking, name)(x, factors), expected, atol=2e-6)
 
@@ -120,8 +117,7 @@ def test_colour_applies_the_draw_in_order():
     draw = torch.tensor([[1.2, 0.7, 1.5, 0.1, *order, 0, 0.8, 1], [1, 1, 1, 0, 0, 1, 2, 3, 0, 0, 0]])
     y = x[0].float() / 255
     y = tvf.adjust_saturation(
-        tvf.adjust_hue(tvf.adjust_brightness(tvf.adjust_contrast(y, 0.7), 1.2), 0.1), 1.5
-    )
+        tvf.adjust_hue(tvf.adjust_brightness(tvf.adjust_contrast(y, 0.7), 1.2), 0.1), 1.5)
     y = tvf.solarize(tvf.gaussian_blur(y, [13, 13], 0.8), 0.5)
     out = colour(x, draw)
     assert torch.allclose(out[0], normalize(y), atol=1e-4)
@@ -141,15 +137,11 @@ def test_draws_have_the_probabilities_of_the_recipe():
 def test_crops_have_torchvisions_distribution():
     torch.manual_seed(0)
     image = torch.zeros(3, 60, 90)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(image, (0.25, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
-    ).float()
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, (0.25, 1.0), (3 / 4, 4 / 3))
+                           for _ in range(4000)]).float()
     ours = torch.tensor([crop_box(60, 90, (0.25, 1.0), generator_of(i)) for i in range(4000)]).float()
-    for statistic in (
-        lambda x: x.mean(0),
-        lambda x: x.std(0),
-        lambda x: x.quantile(torch.tensor([0.1, 0.5, 0.9]), 0),
-    ):
+    for statistic in (lambda x: x.mean(0), lambda x: x.std(0),
+                      lambda x: x.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)):
         assert (statistic(ours) - statistic(theirs)).abs().max() < 2.1
 
 
@@ -158,15 +150,13 @@ def test_flip_and_extreme_shapes():
     a, b = (random_resized_crop(image, 16, (1, 1), flip, generator_of(1)) for flip in (0.0, 1.0))
     assert torch.equal(a.flip(-1), b)
     for shape in ((3, 1, 1), (3, 1, 300), (3, 500, 2)):
-        assert random_resized_crop(
-            torch.zeros(shape, dtype=torch.uint8), 16, (0.05, 0.25), 0.5, generator_of(2)
-        ).shape == (3, 16, 16)
+        assert random_resized_crop(torch.zeros(shape, dtype=torch.uint8), 16, (0.05, 0.25), 0.5,
+                                   generator_of(2)).shape == (3, 16, 16)
 
 
 def batches(workers, batch_size=4):
-    loader = train_loader(
-        Views(ToyImages("train", 12, 32), MultiCrop(SMALL, GMML()), seed=3), batch_size, workers
-    )
+    loader = train_loader(Views(ToyImages("train", 12, 32), MultiCrop(SMALL, GMML()), seed=3),
+                          batch_size, workers)
     loader.sampler.set_epoch(2)
     return list(loader)
 

@@ -95,11 +95,8 @@ def test_sizes_that_do_not_divide_are_refused():
 
 def test_names_and_widths():
     assert set(ARCHS) == {"vit_micro", "vit_t", "vit_s", "vit_b"}
-    for short, long, params in (
-        ("vit_t", "vit_tiny", 5.5),
-        ("vit_s", "vit_small", 21.7),
-        ("vit_b", "vit_base", 85.8),
-    ):
+    for short, long, params in (("vit_t", "vit_tiny", 5.5), ("vit_s", "vit_small", 21.7),
+                                ("vit_b", "vit_base", 85.8)):
         n = [sum(p.numel() for p in vit(name).parameters()) / 1e6 for name in (short, long)]
         assert n[0] == n[1] == pytest.approx(params, abs=0.1)
 
@@ -108,9 +105,8 @@ def test_patchify_is_the_convolutions_order():
     x = torch.randn(2, 3, 8, 12)
     assert torch.equal(unpatchify(patchify(x, 4), 4, 2, 3), x)
     w = torch.randn(5, 3, 4, 4)
-    assert torch.allclose(
-        F.linear(patchify(x, 4), w.flatten(1)), F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2), atol=1e-5
-    )
+    assert torch.allclose(F.linear(patchify(x, 4), w.flatten(1)),
+                          F.conv2d(x, w, stride=4).flatten(2).transpose(1, 2), atol=1e-5)
 
 
 def test_fixed_positions():
@@ -120,9 +116,8 @@ def test_fixed_positions():
     assert torch.equal(table[0], torch.zeros(8))
     row, column = 1, 2                                      # patch 5: sin, cos of the column, then of the row
     omega = torch.tensor([1.0, 0.01])
-    expected = torch.cat(
-        [(column * omega).sin(), (column * omega).cos(), (row * omega).sin(), (row * omega).cos()]
-    )
+    expected = torch.cat([(column * omega).sin(), (column * omega).cos(),
+                          (row * omega).sin(), (row * omega).cos()])
     assert torch.allclose(table[6], expected)
 
 
@@ -143,16 +138,12 @@ def test_contrastive_head_uses_batch_statistics():
     x = torch.randn(64, 8)
     for mode in (True, False):                                       # the same in eval: no running statistics
         y = head.train(mode)(x)
-        assert torch.allclose(y.mean(0), torch.zeros(4), atol=1e-5) and torch.allclose(
-            y.var(0, unbiased=False), torch.ones(4), atol=1e-2
-        )
-    assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm1d", "GELU"] * 2 + [
-        "Linear",
-        "BatchNorm1d",
-    ]
-    assert [type(m).__name__ for m in contrastive_head(8, 16, 4, norm=False)] == ["Linear", "GELU"] * 2 + [
-        "Linear"
-    ]
+        assert (torch.allclose(y.mean(0), torch.zeros(4), atol=1e-5)
+                and torch.allclose(y.var(0, unbiased=False), torch.ones(4), atol=1e-2))
+    assert ([type(m).__name__ for m in head]
+            == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear", "BatchNorm1d"])
+    assert ([type(m).__name__ for m in contrastive_head(8, 16, 4, norm=False)]
+            == ["Linear", "GELU"] * 2 + ["Linear"])
 
 
 def test_student_forward_reads_the_tokens_it_is_asked_for():
@@ -161,9 +152,8 @@ def test_student_forward_reads_the_tokens_it_is_asked_for():
     x, local = torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)
     every, some = m(x), m(x, local, torch.tensor([3, 20]), torch.tensor([63]))
     assert every["rec"].shape == (64, 192) and every["pat"].shape == (64, 4) and every["cls"].shape == (4, 4)
-    assert torch.allclose(some["rec"], every["rec"][[3, 20]], atol=1e-5) and torch.allclose(
-        some["pat"], every["pat"][[63]], atol=1e-5
-    )
+    assert (torch.allclose(some["rec"], every["rec"][[3, 20]], atol=1e-5)
+            and torch.allclose(some["pat"], every["pat"][[63]], atol=1e-5))
     assert some["cls"].shape == (10, 4) and torch.allclose(some["cls"][:4], every["cls"], atol=1e-5)
     assert set(MMC(ViT(32, 8, 32, 1, 4), rec=False, pat=False, hidden=16, out=4)(x)) == {"cls"}
 
@@ -173,10 +163,8 @@ def test_teacher_and_ema_by_hand():
     student = MMC(ViT(32, 8, 32, 2, 4, drop_path=0.5), hidden=16, out=4)
     teacher = momentum_teacher(student)
     assert teacher.h_rec is None and not any(p.requires_grad for p in teacher.parameters())
-    assert (
-        all(m.p == 0 for m in teacher.modules() if isinstance(m, DropPath))
-        and student.backbone.blocks[1].drop_path.p == 0.5
-    )
+    assert (all(m.p == 0 for m in teacher.modules() if isinstance(m, DropPath))
+            and student.backbone.blocks[1].drop_path.p == 0.5)
     before = {k: v.clone() for k, v in teacher.named_parameters()}
     for p in student.parameters():
         p.data += torch.randn_like(p)
