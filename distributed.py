@@ -6,6 +6,7 @@ went wrong (NaN), 75 stopped by a signal after saving: start the same command ag
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def init(device: str = "auto") -> torch.device:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         torch.cuda.set_device(device)
     if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # rank 0 alone evaluates while the others wait: as long as the slowest probe may take
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
     return torch.device(device)
 
 
@@ -55,9 +57,13 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
-def fail(message: str, code: int = MISUSED) -> None:
-    """End a script with one line on stderr and no traceback; by default on a user's mistake, exit code 2."""
+def fail(message: str, code: int = MISUSED, together: bool = False) -> None:
+    """End a script with one line on stderr and no traceback; by default on a user's mistake, exit code 2.
+
+    together: every rank fails now; wait until all have said why, as torchrun kills the rest when one ends."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    if together and dist.is_initialized():
+        dist.barrier()
     finish()
     raise SystemExit(code)
 
