@@ -37,6 +37,7 @@ DISTRACTOR = 0.4             # share of scenes with an object of another class; 
 TILT = 0.25                  # radians by which texture leans; change this line to 3.14 (much harder)
 LIGHT = 0.10                 # std of the lights' brightness; change this line to 0 (easier)
 CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
+ON_OBJECTS = 1.0             # share of the lights that falls on objects
 OWN = 0.10                   # strength of each surface's own hue; change this line to 0 (harder)
 SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder
 GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
@@ -233,7 +234,8 @@ def render(rng, lights, colours, things, size, pan=(0, 0)):
     for i, thing in enumerate(things):
         draw(tones, ids, thing, i + 1, step / SS)
     tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
-    image = 0.5 + tone[..., None] + lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
+    lit = 1 - (1 - ON_OBJECTS) * pool((ids > 0).astype(np.float32))[..., None] / SS**2
+    image = 0.5 + tone[..., None] + lit * lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
     votes = [pool((ids == i).astype(np.uint8)) for i in range(len(things) + 1)]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 
