@@ -25,6 +25,7 @@ import probes
 import zeroshot
 from data import denormalize, normalize
 from distributed import say
+from features import centre_crop
 from masking import GMML, Augmentation, MultiCrop, gmml
 from model import patchify, unpatchify
 
@@ -258,7 +259,7 @@ class Monitor(Guard):
         source, P, g = self.val if self.val is not None else self.images, self.P, self.size // self.P
         n, zoom = min(n, len(source)), max(1, figure.CELL // self.size)
         images = torch.stack([self.resized(i) if source is self.val else
-                              probes.centre_crop(self.images.read(i), self.size, self.size)
+                              centre_crop(self.images.read(i), self.size, self.size)
                               for i in range(n)])
         x = normalize(images.to(self.device))
         crop = MultiCrop(Augmentation(self.size, local_number=0),

@@ -1,71 +1,46 @@
-"""What is in the features: frozen-feature probes (METHOD 2.3).
+"""What is in the features: probes of frozen backbones (METHOD 2.3, 2.5, 2.7, 2.9, 2.10).
 
-    # any checkpoint that load_backbone reads
-    python probes.py knn --ckpt out/backbone.pth --data /imagenette
+    # any checkpoint that load_backbone reads; each probe says more with --help
+    python probes.py knn --ckpt out/backbone.pth --data /imagenette            # Tables 4, 6, 11
+    python probes.py linseg --ckpt out/backbone.pth --data /VOCdevkit          # Table 3: linseg.py
+    python probes.py retrieval --ckpt out/backbone.pth --data /roxford5k       # Table 9: retrieval.py
+    python probes.py variance --ckpt out/backbone.pth --data /imagenette/val   # Table 10
+    python probes.py layers --ckpt out/last.pth --data /imagenette             # Fig. 9, semantics by block
 
 knn: resize, centre crop, L2-normalise, cosine, top-k votes weighted by exp(sim / 0.07); heads CLS, PAT (mean
 of the patch tokens) and hybrid (both, concatenated); k = 10 is the paper's choice.
+variance: of CLS over 128 random resized crops of an image, and of each patch token over 128 noise maskings of
+half of its centre crop; mean over dimensions, positions, images.  Paper (ViT-S): MMC .19 / .32, DINO .43 /
+1.00.  The scale of a network's tokens is its own, so the L2-normalised variant stands beside it.
+layers: k-NN and prompt IoU by block (after the final norm), and, from a pretraining checkpoint that holds the
+student with its reconstruction head, what that head paints from each of the last blocks.
 
-Shapes: n train, m test images, D width, k neighbours, C classes."""
+Shapes: n train, m test images, D width, N patches, k neighbours, C classes."""
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+import checkpoint
 import distributed
+import figure
+import linseg
+import retrieval
+import zeroshot
 from checkpoint import load_backbone
-from data import BadImage, init_worker, normalize, open_images
-from model import ViT
+from coco import Coco, ToyScenes, Voc
+from data import BadImage, denormalize, generator_of, normalize, open_images
+from features import centre_crop, extract_features
+from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
+from model import MMC, ViT, unpatchify
 
 KS = (10, 20, 50, 100)
-
-
-class CentreCrop(Dataset):
-    """Images for evaluation: short side to size * 256/224, centre crop of `size`.
-
-    Items: uint8 (3, size, size), label, ok.  An unreadable image comes with ok = False."""
-
-    def __init__(self, images, size: int):
-        self.images, self.size, self.short = images, size, round(size * 256 / 224)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, bool]:
-        label = self.images.labels[i] if self.images.labels is not None else -1
-        try:
-            return centre_crop(self.images.read(i), self.size, self.short), label, True
-        except BadImage:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, False
-
-
-def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size): short side to `short` (antialiased bicubic), then the centre."""
-    H, W = image.shape[-2:]
-    h, w = max(short, round(H * short / min(H, W))), max(short, round(W * short / min(H, W)))
-    image = (F.interpolate(image[None], size=(h, w), mode="bicubic", antialias=True)[0]
-             if (h, w) != (H, W) else image)
-    top, left = (h - size) // 2, (w - size) // 2
-    return image[:, top:top + size, left:left + size]
-
-
-@torch.no_grad()
-def extract_features(vit: ViT, images, size: int, device: torch.device, batch_size: int = 128,
-                     workers: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """L2-normalised float32 features of all readable images, on the CPU:
-    {"cls": (n, D), "pat": (n, D)}, labels (n,)."""
-    loader = DataLoader(CentreCrop(images, size), batch_size, num_workers=workers, worker_init_fn=init_worker)
-    cls, pat, labels = [], [], []
-    for x, y, ok in loader:
-        tokens = vit(normalize(x[ok].to(device))).float()                                     # (B, T, D)
-        cls.append(F.normalize(tokens[:, 0], dim=-1).cpu())
-        pat.append(F.normalize(tokens[:, vit.num_prefix_tokens:].mean(1), dim=-1).cpu())
-        labels.append(y[ok])
-    return {"cls": torch.cat(cls), "pat": torch.cat(pat)}, torch.cat(labels)
+GROUP = 64                                     # train images per group of the k-NN search
 
 
 def hybrid(features: dict[str, Tensor]) -> Tensor:
@@ -79,15 +54,31 @@ def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int] =
     """Weighted k-NN (Wu et al. 2018): each of the k nearest train images votes exp(cos / temp) for its class.
 
     train (n, D), test (m, D): L2-normalised.  labels: (n,) ints from 0.  A k above n uses all n.
-    Returns predictions (len(ks), m).  Memory: chunk * n similarities at a time."""
-    classes, out = int(labels.max()) + 1, []
+    Returns predictions (len(ks), m).  Memory: chunk * n similarities, in a buffer that is used again."""
+    classes, n, out = int(labels.max()) + 1, len(train), []
+    buffer = test.new_full((chunk, -(-n // GROUP) * GROUP), -torch.inf)
     for q in test.split(chunk):
-        sims, index = (q @ train.T).topk(min(max(ks), len(train)), dim=1)                 # (b, k), best first
+        sims = torch.mm(q, train.T, out=buffer[:len(q), :n]) if n == buffer.shape[1] else buffer[:len(q)]
+        if n < buffer.shape[1]:
+            sims[:, :n] = q @ train.T
+        sims, index = top(sims, min(max(ks), n))                                          # (b, k), best first
         votes = torch.zeros(len(ks), len(q), classes, device=q.device)
         for v, k in zip(votes, ks, strict=True):
             v.scatter_add_(1, labels[index[:, :k]], (sims[:, :k] / temp).exp())
         out.append(votes.argmax(-1))
     return torch.cat(out, dim=1)
+
+
+def top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """sims.topk(k, 1) for rows of G groups of GROUP: the k largest lie in the k groups with the largest
+    maxima, and only these are ranked.  sims: (b, G*GROUP)."""
+    b, groups = len(sims), sims.shape[1] // GROUP
+    if groups <= 2 * k:
+        return sims.topk(k, dim=1)
+    sims = sims.view(b, groups, GROUP)
+    best = sims.amax(2).topk(k, dim=1)[1].sort(1)[0]                                      # (b, k)
+    value, at = sims.gather(1, best[..., None].expand(-1, -1, GROUP)).flatten(1).topk(k, dim=1)
+    return value, best.gather(1, at // GROUP) * GROUP + at % GROUP
 
 
 def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor,
@@ -98,66 +89,247 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
 
 def knn_of(vit: ViT, train, val, size: int, device: torch.device, ks: Sequence[int] = KS,
-           **kwargs) -> dict[str, dict[int, float]]:
+           temp: float = 0.07, **kwargs) -> dict[str, dict[int, float]]:
     """k-NN of a backbone from labelled image sources: {"cls" | "pat" | "hybrid": {k: percent}}."""
     (a, ya), (b, yb) = (extract_features(vit, images, size, device, **kwargs) for images in (train, val))
     a, b = a | {"hybrid": hybrid(a)}, b | {"hybrid": hybrid(b)}
-    return {head: knn_accuracy(a[head], ya, b[head], yb, ks) for head in a}
+    return {head: knn_accuracy(a[head], ya, b[head], yb, ks, temp) for head in a}
 
 
-def knn_main(args: argparse.Namespace) -> None:
+# ------------------------------------------------- variance
+def spread(features: Tensor) -> Tensor:
+    """(R, ...) features of R views of an image -> [variance over the views, the same of L2-normalised
+    features], each a mean over what remains."""
+    return torch.stack([f.var(0).mean() for f in (features, F.normalize(features, dim=-1))])
+
+
+@torch.no_grad()
+def variance_of(encode, images, size: int, n: int, views: int, device, seed: int = 0,
+                batch: int = 64) -> Tensor:
+    """Table 10: (2, 2) means over n images; rows CLS over random crops, patches over maskings; columns raw,
+    L2-normalised.
+
+    encode: (B, 3, size, size) normalised -> CLS (B, D), patches (B, N, D).  Crops as in pretraining (area
+    0.25 to 1, mirrored or not, no colour); each masking overwrites half of the centre crop with noise."""
+    draw = MultiCrop(Augmentation(size, local_number=0), GMML(1.0, (0.5, 0.5)))
+    at, rows = torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist(), []
+    for i in tqdm(at, "variance", mininterval=1):
+        try:
+            image = images.read(i)
+        except BadImage as e:
+            print(f"left out: {e}")
+            continue
+        g = generator_of(seed, "variance", i)
+        crops = torch.stack([random_resized_crop(image, size, (0.25, 1.0), 0.5, g) for _ in range(views)])
+        cls = torch.cat([encode(normalize(x.to(device)))[0].float() for x in crops.split(batch)])
+        clean, patches = normalize(centre_crop(image, size, round(size * 256 / 224)).to(device)), []
+        for part in torch.arange(views).tensor_split(-(-views // batch)):       # none of one image
+            blocks = [draw.draw_blocks(g) for _ in part]
+            noisy, _ = gmml(clean.expand(len(part), -1, -1, -1),
+                            *(torch.stack([d[k][0] for d in blocks]) for k in ("blocks", "kind")))
+            patches.append(encode(noisy)[1].float())
+        rows.append(torch.stack([spread(cls), spread(torch.cat(patches))]).cpu())
+    if not rows:
+        raise ValueError("variance: no readable image")
+    return torch.stack(rows).mean(0)
+
+
+def variance_main(args: argparse.Namespace) -> None:
+    device, vit, size = begin(args)
+    images = open_images(args.data, "train", args.data_root, args.download)
+    print(f"variance: {min(args.limit, len(images))} images, {args.views} crops of {size} px and "
+          f"{args.views} noise maskings of half the area, seed {args.seed}")
+
+    def encode(x):
+        tokens = vit(x)
+        return tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
+    v = variance_of(encode, images, size, args.limit, args.views, device, args.seed).tolist()
+    print(f"CLS over crops {v[0][0]:.3f} (normalised x D {v[0][1] * vit.embed_dim:.3f})   patches over "
+          f"maskings {v[1][0]:.3f} (normalised x D {v[1][1] * vit.embed_dim:.3f})")
+    note(args, "variance", size=size, views=args.views, limit=args.limit, crops=v[0][0], masks=v[1][0],
+         crops_normalised=v[0][1] * vit.embed_dim, masks_normalised=v[1][1] * vit.embed_dim)
+
+
+# ------------------------------------------------- layers
+def student_of(path: str) -> MMC | None:
+    """The student with its reconstruction head from a pretraining checkpoint (last.pth); None for a file of
+    another kind, or without that head."""
+    content = {} if str(path).startswith("random:") else checkpoint.load(path)
+    state = content.get("student", {})
+    if not isinstance(state, dict) or "h_rec.0.weight" not in state:
+        return None
+    backbone = ViT(**content["arch"])
+    student = MMC(backbone, True, False, False, hidden=len(state["h_rec.0.weight"]))
+    student.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))})
+    return student.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 6):
+    """Fig. 9: rows of images, the corrupted input and what h_rec paints from each block (all patches), with
+    the mean absolute difference to the original below."""
+    P, g, rows = student.backbone.patch_size, size // student.backbone.patch_size, []
+    draw = MultiCrop(Augmentation(size, local_number=0), GMML(0.0, block=0.3, align=P))
+    at = torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist()
+    clean = normalize(torch.stack([centre_crop(images.read(i), size, round(size * 256 / 224)) for i in at]))
+    drawn = [draw.draw_blocks(torch.Generator().manual_seed(i)) for i in at]
+    corrupted, _ = gmml(clean, *(torch.stack([d[k][0] for d in drawn]) for k in ("blocks", "kind")))
+    tokens = student.backbone.intermediate(corrupted, blocks, norm=True)
+    painted = [unpatchify(student.h_rec(t[:, student.backbone.num_prefix_tokens:]), P, g, g) for t in tokens]
+
+    def photo(x):
+        return denormalize(x).permute(1, 2, 0).numpy()
+    for i, number in enumerate(at):
+        top_row = [("original", photo(clean[i])), ("corrupted", photo(corrupted[i]))]
+        below = [("", photo(clean[i])), ("differences", photo(corrupted[i]))]
+        for block, x in zip(blocks, painted, strict=True):
+            difference = (x[i] - clean[i]).abs().mean(0)
+            top_row.append((f"block {block}", photo(x[i])))
+            below.append((f"block {block}: mean {difference.mean():.2f}", figure.heat(difference, 0, 2)))
+        rows += [(Path(images.name(number)).name, top_row), ("", below[1:])]
+    return figure.sheet(rows)
+
+
+def block_iou(vit: ViT, scenes, block: int, device) -> float:
+    """Best mean prompt IoU in percent over the thresholds, for the tokens of one block after the final norm:
+    zeroshot.py's default protocol at 480 px (the toy world at its own 64)."""
+    side = 64 if isinstance(scenes, ToyScenes) else 480
+    side = side // vit.patch_size * vit.patch_size
+
+    def of_classes():
+        for i in range(len(scenes)):
+            masks, names = scenes.masks(i)
+            if len(names):
+                kinds = torch.tensor([sorted(set(names)).index(n) for n in names])
+                image = F.interpolate(scenes.read(i)[None], size=(side, side), mode="bicubic", antialias=True)
+                yield image[0], torch.stack([masks[kinds == k].any(0) for k in kinds.unique()])
+
+    def tokens(image):
+        return zeroshot.patch_features(vit, normalize(image[None].to(device)), block)[0].cpu()
+    grid = (side // vit.patch_size,) * 2
+    return 100 * zeroshot.prompt_iou(tokens, of_classes(), grid).max().item()
+
+
+def layers_main(args: argparse.Namespace) -> None:
+    device, vit, size = begin(args)
+    blocks = args.blocks or list(range(1, vit.depth + 1))
+    train, val = open_pair(args)
+    print(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10, {len(train)} train and {len(val)} test "
+          f"images at {size} px")
+    (a, ya), (b, yb) = (extract_features(vit, x, size, device, args.batch_size, args.num_workers, blocks,
+                                         args.cache) for x in (train, val))
+    a, b = ([x] if isinstance(x, dict) else x for x in (a, b))
+    rows = [{head: knn_accuracy(x[head], ya, y[head], yb, [10])[10] for head in ("cls", "pat")}
+            for x, y in zip(a, b, strict=True)]
+    scenes = (Coco(args.coco, limit=args.limit) if args.coco else Voc(args.voc, limit=args.limit) if args.voc
+              else ToyScenes(args.limit) if args.data == "toy" else None)
+    for block, row in zip(blocks, rows, strict=True):
+        if scenes is not None:
+            row["prompt_iou"] = block_iou(vit, scenes, block, device)
+        print(f"block {block:2}  k-NN CLS {row['cls']:.1f}  PAT {row['pat']:.1f}"
+              + (f"  prompt IoU, best t {row['prompt_iou']:.1f}" if scenes is not None else ""))
+    student = student_of(args.ckpt)
+    if student is None:
+        print("no picture of reconstructions: this checkpoint holds no student with a reconstruction head; "
+              "give a last.pth of pretrain.py")
+    else:
+        last = [block for block in blocks if block > vit.depth // 2] or blocks
+        layers_picture(student, val, size, last).save(args.picture)
+        print(f"look at {args.picture}")
+    note(args, "layers", size=size, blocks=blocks, knn=rows)
+
+
+# ------------------------------------------------- command line
+def begin(args) -> tuple[torch.device, ViT, int]:
+    """Device, network and crop size; says what was loaded."""
     device = distributed.init(args.device)
     vit, report = load_backbone(args.ckpt, args.checkpoint_key)
     print(report)
-    train = open_images(args.data, "train", args.data_root, args.download)
-    val = open_val(args)
+    size = args.size or (224 // vit.patch_size) * vit.patch_size
+    if size % vit.patch_size:
+        raise ValueError(f"--size {size} is not a multiple of the patch size {vit.patch_size}: try "
+                         f"{max(1, size // vit.patch_size) * vit.patch_size}")
+    return device, vit.to(device), size
+
+
+def note(args, probe: str, **values) -> None:
+    """One JSON line to --json."""
+    if args.json:
+        with open(args.json, "a") as f:
+            f.write(json.dumps({"probe": probe, "ckpt": args.ckpt, "data": args.data, **values}) + "\n")
+
+
+def open_pair(args):
+    """Labelled train and val images with the same classes.  Raises ValueError."""
+    where = args.data_root, args.download
+    train = open_images(args.data, "train", *where)
+    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", *where)
     if val is None or train.labels is None or val.labels is None:
         raise ValueError(f"--data {args.data}: k-NN needs class folders and a val split: "
                          "DIR/train/CLASS/*, DIR/val/CLASS/*, or give --val_data")
     if list(train.classes) != list(val.classes):
-        raise ValueError(f"train has {len(train.classes)} classes, val {len(val.classes)}, "
-                         "and their names differ")
-    size = args.size or (224 // vit.patch_size) * vit.patch_size
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"train has {len(train.classes)} classes, val {len(val.classes)}; only one of them "
+                         f"has {', '.join(map(str, odd[:5]))}")
+    return train, val
+
+
+def knn_main(args: argparse.Namespace) -> None:
+    device, vit, size = begin(args)
+    train, val = open_pair(args)
     print(f"k-NN: short side {round(size * 256 / 224)}, centre {size}, cosine, weights exp(sim/{args.temp}), "
           f"{len(train)} train, {len(val)} test images, {len(train.classes)} classes")
-    result = knn_of(vit.to(device), train, val, size, device, args.nb_knn,
-                    batch_size=args.batch_size, workers=args.num_workers)
+    result = knn_of(vit, train, val, size, device, args.nb_knn, args.temp, batch_size=args.batch_size,
+                    workers=args.num_workers, cache=args.cache)
     for head, accuracy in result.items():
         print(f"{head.upper():>6}  " + "  ".join(f"k={k} {a:.1f}" for k, a in accuracy.items()))
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps({"probe": "knn", "ckpt": args.ckpt, "data": args.data, "size": size,
-                                **result}) + "\n")
-
-
-def open_val(args):
-    return (open_images(args.val_data, "train") if args.val_data
-            else open_images(args.data, "val", args.data_root, args.download))
+    note(args, "knn", size=size, **result)
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     sub = parser.add_subparsers(dest="probe", required=True)
-    p = sub.add_parser("knn", help="weighted k-nearest-neighbour accuracy",
-                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--ckpt", required=True,
-                   help="checkpoint of any method, or random:ARCH/PATCH for the untrained row")
-    p.add_argument("--checkpoint_key", help="weights other than the teacher's, by their name in the file")
-    p.add_argument("--data", required=True,
-                   help="folder with train/ and val/ of class folders, 'toy', or a torchvision set")
-    p.add_argument("--val_data", help="folder of the test images, if it is not beside the train images")
-    p.add_argument("--data_root", default="data", help="where torchvision keeps its sets")
-    p.add_argument("--download", action="store_true", help="let torchvision download the named set")
-    p.add_argument("--size", type=int,
-                   help="pixels of the centre crop; 224 (paper) or the nearest multiple of the patch below")
-    p.add_argument("--nb_knn", type=int, nargs="+", default=list(KS),
-                   help="numbers of neighbours; the paper reports 10")
-    p.add_argument("--temp", type=float, default=0.07, help="temperature of the votes")
-    p.add_argument("--batch_size", type=int, default=128, help="images per forward")
-    p.add_argument("--num_workers", type=int, default=2, help="loader processes")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--json", help="append the result to this file, one JSON line")
-    p.set_defaults(main=knn_main)
+
+    def probe(name: str, text: str, description: str):
+        p = sub.add_parser(name, help=text, description=description,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+        a = p.add_argument
+        a("--ckpt", required=True,
+          help="checkpoint of any method, or random:ARCH/PATCH for the untrained row")
+        a("--checkpoint_key", help="weights other than the teacher's, by their name in the file")
+        a("--num_workers", type=int, default=2, help="loader processes (2)")
+        a("--device", default="auto", help="auto, cuda, mps or cpu")
+        a("--json", help="append the result to this file, one JSON line")
+        return p
+
+    def images(p, main):
+        a = p.add_argument
+        a("--data", required=True,
+          help="folder of class folders (train/ and val/), 'toy', or a torchvision set")
+        a("--val_data", help="folder of the test images, if it is not beside the train images")
+        a("--data_root", default="data", help="where torchvision keeps its sets")
+        a("--download", action="store_true", help="let torchvision download the named set")
+        a("--size", type=int,
+          help="pixels of the centre crop; 224 (paper) or the nearest multiple of the patch below")
+        a("--batch_size", type=int, default=128, help="images per forward (128)")
+        a("--cache", help="folder that keeps features, under a hash of the weights and files")
+        p.set_defaults(main=main)
+        return a
+    a = images(probe("knn", "weighted k-nearest-neighbour accuracy", __doc__), knn_main)
+    a("--nb_knn", type=int, nargs="+", default=list(KS), help="numbers of neighbours; the paper reports 10")
+    a("--temp", type=float, default=0.07, help="temperature of the votes (0.07)")
+    linseg.add_options(probe("linseg", "linear segmentation on frozen features", linseg.__doc__))
+    retrieval.add_options(probe("retrieval", "revisited Oxford and Paris", retrieval.__doc__))
+    a = images(probe("variance", "feature variance under crops and masks", __doc__), variance_main)
+    a("--limit", type=int, default=100, help="images, evenly spaced (100)")
+    a("--views", type=int, default=128, help="crops and maskings of each (paper 128)")
+    a("--seed", type=int, default=0, help="of the crops and maskings")
+    a = images(probe("layers", "k-NN and reconstruction from each block", __doc__), layers_main)
+    a("--blocks", type=int, nargs="+", help="blocks, from 1 (default: all)")
+    a("--coco", help="COCO folder: prompt IoU by block, as well (with --data toy: on toy scenes)")
+    a("--voc", help="VOCdevkit folder: the same")
+    a("--limit", type=int, default=200, help="scenes for the prompt IoU (200)")
+    a("--picture", default="layers.png", help="where the picture of reconstructions goes")
     return parser
 
 
@@ -167,3 +339,4 @@ if __name__ == "__main__":
         arguments.main(arguments)
     except ValueError as e:
         distributed.fail(str(e))
+    distributed.finish()

@@ -39,6 +39,8 @@ LIGHT = 0.10                 # std of the lights' brightness; change this line t
 CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
 ON_OBJECTS = 1.0             # share of the lights that falls on objects
 OWN = 0.10                   # strength of each surface's own hue; change this line to 0 (harder)
+BACKDROP = 0.0               # std of luminance of the background's pattern; 0: a smooth background
+WAVES = (5, 10)              # its wavelengths, toy pixels
 SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder
 GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
 
@@ -186,6 +188,18 @@ def random_lights(rng):
     return lights
 
 
+def random_backdrop(rng):
+    """The background's pattern, another in each scene: two plane waves, a function of x (1, w), y (h, 1)."""
+    turn, phase = rng.uniform(0, 2 * np.pi, (2, 2))
+    k = 2 * np.pi / rng.uniform(*WAVES, 2)
+
+    def pattern(x, y):
+        return BACKDROP * sum(np.cos(k[i] * (np.cos(turn[i]) * x + np.sin(turn[i]) * y) + phase[i])
+                              for i in range(2)).astype(np.float32)
+
+    return pattern
+
+
 def surface_colours(rng, kinds):
     """Colours of zero luminance (1 + n, 3): of the background and of n things.  The hues of background and
     things are at random; things of the scene's main class share one, as objects of a kind often do."""
@@ -225,12 +239,13 @@ def pool(x):
     return sum(x[i::SS, j::SS] for i in range(SS) for j in range(SS))
 
 
-def render(rng, lights, colours, things, size, pan=(0, 0)):
+def render(rng, lights, colours, backdrop, things, size, pan=(0, 0)):
     """Things, back to front -> image uint8 (H, W, 3), instances uint8 (H, W) with i + 1 for things[i]."""
     h, w = size
     step = 64 / min(h, w)
     x, y = (np.arange(w) + 0.5) * step + pan[0], (np.arange(h) + 0.5) * step + pan[1]
-    tones, ids = np.zeros((SS * h, SS * w), np.float32), np.zeros((SS * h, SS * w), np.uint8)
+    fine = [(np.arange(SS * n) + 0.5) * step / SS + p for n, p in zip((w, h), pan, strict=True)]
+    tones, ids = backdrop(fine[0][None], fine[1][:, None]), np.zeros((SS * h, SS * w), np.uint8)
     for i, thing in enumerate(things):
         draw(tones, ids, thing, i + 1, step / SS)
     tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
@@ -265,7 +280,7 @@ def scene(index, seed=0, split="train", size=64) -> Scene:
         thing = random_thing(rng, other, *rng.uniform(radius, wide - radius), radius)
         things.insert(int(rng.integers(0, n + 1)), thing)
     colours = surface_colours(rng, [thing.kind for thing in things])
-    image, instances = render(rng, random_lights(rng), colours, things, (h, w))
+    image, instances = render(rng, random_lights(rng), colours, random_backdrop(rng), things, (h, w))
     seen, instances = np.unique(np.append(0, instances), return_inverse=True)     # hidden things leave no gap
     instances = instances[1:].reshape(h, w).astype(np.uint8)
     return Scene(image, instances, [things[i - 1].kind for i in seen[1:]], label)
@@ -290,13 +305,13 @@ def video(index, frames=20, seed=0, size=(64, 112)) -> tuple[np.ndarray, np.ndar
     kinds = rng.permutation(len(CLASSES))[:n]
     things = [random_thing(rng, int(kind), 0, 0, 0) for kind in kinds]
     angle, lights, out = [thing.angle for thing in things], random_lights(rng), []
-    colours = surface_colours(rng, kinds.tolist())
+    colours, backdrop = surface_colours(rng, kinds.tolist()), random_backdrop(rng)
     for t in np.linspace(0, 1, frames):
         ease = t * t * (3 - 2 * t)
         for i, thing in enumerate(things):
             thing.x, thing.y = begin[i] + ease * way[i] + math.sin(np.pi * ease) * side[i]
             thing.angle, thing.radius = angle[i] + spin[i] * t, radius[i] * (1 + grow[i] * t)
-        out.append(render(rng, lights, colours, things, size, drift * t))
+        out.append(render(rng, lights, colours, backdrop, things, size, drift * t))
     images, instances = map(np.stack, zip(*out, strict=True))
     return images, instances
 

@@ -38,9 +38,9 @@ import distributed
 from checkpoint import load_backbone
 from coco import Coco, Scenes, ToyScenes, Voc
 from data import Files, generator_of, normalize, read_image
+from features import extract_features
 from figure import beside, cut_out, densities, heat, marked, painted, sheet
 from model import ViT
-from probes import extract_features
 
 THRESHOLDS = tuple(i / 10 for i in range(10))                          # 0, .1, ... .9
 BINS = 200                                                             # of the densities, over [-1, 1]
@@ -53,9 +53,11 @@ MEANS = {"miou": "mean per image", "miou_pairs": "all prompts", "miou_category":
 
 # ------------------------------------------------- one image: features, prompt, mask
 @torch.no_grad()
-def patch_features(vit: ViT, x: Tensor) -> Tensor:
-    """(B, 3, H, W) normalised -> (B, N, D) float32 L2-normalised patch tokens after the final norm."""
-    return F.normalize(vit(x)[:, vit.num_prefix_tokens:].float(), dim=-1)
+def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
+    """(B, 3, H, W) normalised -> (B, N, D) float32 L2-normalised patch tokens of a block, by default of the
+    last, after the final norm."""
+    tokens = vit(x) if block == -1 else vit.intermediate(x, [block], norm=True)[0]
+    return F.normalize(tokens[:, vit.num_prefix_tokens:].float(), dim=-1)
 
 
 def similarity_map(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
@@ -420,31 +422,45 @@ def token_at(point: tuple[float, float], old: tuple[int, int], new: tuple[int, i
     return row * n[1] + column
 
 
+def picture_tokens(vit: ViT, image: Tensor, device: torch.device, size: int, stride: int | None,
+                   block: int = -1) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(3, H, W) uint8 -> the image of short side `size`, (3, H', W') uint8, its tokens (N, D) on the CPU, and
+    their grid.  Sets the network's stride (None: the patch size).  Raises ValueError above MAX_TOKENS."""
+    x, vit.patch_embed.stride = fit(image, size, vit.patch_size), stride or vit.patch_size
+    grid = vit.patch_embed.grid(*x.shape[1:])
+    if math.prod(grid) > MAX_TOKENS:
+        raise ValueError(f"{math.prod(grid)} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
+    return x, patch_features(vit, normalize(x[None].to(device)), block)[0].cpu(), grid
+
+
+def prompted(z: Tensor, on: list[int], off: list[int], threshold: float | str = "auto",
+             combine: str = "max") -> tuple[Tensor, float]:
+    """Tokens z (N, D), those clicked on and beside the object -> similarity (N,) and the threshold for it."""
+    s = similarity_map(z, torch.tensor([on]), combine)
+    t = auto_threshold(s, len(on)).item() if threshold == "auto" else threshold
+    return (take_away(s, z, torch.tensor([off])) if off else s)[0], t
+
+
 @torch.no_grad()
 def picture_row(vit: ViT, image: Tensor, device: torch.device,
                 args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The titled cells of one checkpoint.  args: size, stride, point, background_point, threshold, combine,
     upsample, heads, kmeans, seed."""
     P, S = vit.patch_size, args.stride or vit.patch_size
-    x, vit.patch_embed.stride = fit(image, args.size or 480, P), S
-    batch, old, new = normalize(x[None].to(device)), tuple(image.shape[1:]), tuple(x.shape[1:])
-    grid = vit.patch_embed.grid(*new)
-    if math.prod(grid) > MAX_TOKENS:
-        raise ValueError(f"{math.prod(grid)} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
-    z, attention = patch_features(vit, batch)[0].cpu(), vit.attention(batch)[0].cpu()     # (N, D), (heads, N)
+    x, z, grid = picture_tokens(vit, image, device, args.size or 480, S)
+    old, new = tuple(image.shape[1:]), tuple(x.shape[1:])
+    attention = vit.attention(normalize(x[None].to(device)))[0].cpu()  # (heads, N)
     photo = x.permute(1, 2, 0).numpy()
     def pixels(values, smooth=True): return to_pixels(values[None].float(), grid, P, S, smooth)[0]
     cells = [("image", photo)]
     if args.point:
-        on, off = (torch.tensor([[token_at(p, old, new, P, S) for p in found]], dtype=torch.long)
+        on, off = ([token_at(p, old, new, P, S) for p in found]
                    for found in (args.point, args.background_point))
-        s = similarity_map(z, on, args.combine)
-        t = auto_threshold(s, len(args.point)).item() if args.threshold == "auto" else args.threshold
-        s = take_away(s, z, off) if args.background_point else s
+        s, t = prompted(z, on, off, args.threshold, args.combine)
         low, high = s.min().item(), s.max().item()
-        mask = segment(pixels(s[0], args.upsample), t).numpy()
+        mask = segment(pixels(s, args.upsample), t).numpy()
         cells = [("prompt", marked(photo, old, args.point, args.background_point)),
-                 (f"similarity, {low:.2f} to {high:.2f}", heat(pixels(s[0]), low, high)),
+                 (f"similarity, {low:.2f} to {high:.2f}", heat(pixels(s), low, high)),
                  (f"mask, t = {t:.2f}{' (auto)' * (args.threshold == 'auto')}", cut_out(photo, mask))]
     maps = {f"head {i + 1}": a for i, a in enumerate(attention)}
     maps = maps if args.heads else {"CLS attention": attention.mean(0)}

@@ -14,13 +14,17 @@ ALLOWED = {
     "distributed": set(), "model": set(), "toy": set(), "figure": set(),
     "data": {"distributed", "toy"}, "losses": {"distributed"}, "masking": {"data", "model"},
     "checkpoint": {"model", "distributed"}, "coco": {"data", "toy"},
-    "zeroshot": {"data", "checkpoint", "coco", "distributed", "figure", "model", "probes"},
-    "probes": {"data", "checkpoint", "distributed", "model"},
+    "features": {"data", "checkpoint", "model"},
+    "zeroshot": {"data", "checkpoint", "coco", "distributed", "features", "figure", "model"},
+    "linseg": {"data", "checkpoint", "distributed", "figure", "model"},
+    "retrieval": {"data", "checkpoint", "distributed", "figure", "model"},
+    "probes": {"data", "checkpoint", "coco", "distributed", "features", "figure", "linseg", "masking",
+               "model", "retrieval", "zeroshot"},
     "davis": {"data", "checkpoint", "distributed", "model"},
-    "finetune": {"data", "checkpoint", "distributed", "model", "masking", "monitor"},
-    "monitor": {"data", "distributed", "figure", "masking", "model", "probes", "zeroshot"},
+    "finetune": {"data", "checkpoint", "distributed", "features", "figure", "model", "masking", "monitor"},
+    "monitor": {"data", "distributed", "features", "figure", "masking", "model", "probes", "zeroshot"},
     "pretrain": {"data", "losses", "masking", "checkpoint", "model", "distributed", "monitor"},
-    "demo": {"zeroshot", "toy", "checkpoint", "data", "distributed"},
+    "demo": {"zeroshot", "toy", "checkpoint", "data", "distributed", "figure"},
 }
 
 
