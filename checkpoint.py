@@ -33,13 +33,13 @@ OURS = re.compile(r"^(blocks|patch_embed|norm)\.|^(cls_token|pos_embed|reg_token
 
 
 def save(path: str | os.PathLike, content: dict) -> None:
-    """torch.save that cannot leave half a file: written beside the target, flushed to disk, then renamed over
-    it. Rank 0 writes, the others return.  Raises OSError (disk full, no permission), the old file intact."""
+    """torch.save that cannot leave half a file: written beside the target, flushed to disk, renamed over it.
+    Rank 0 writes, the others return.  Raises ValueError (disk full, no permission); the old file stays."""
     if not is_main():
         return
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as f:
             torch.save(content, f)
             f.flush()
@@ -49,9 +49,14 @@ def save(path: str | os.PathLike, content: dict) -> None:
         with contextlib.suppress(OSError):                    # some network file systems cannot sync a folder
             os.fsync(folder)
         os.close(folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as e:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(e, (OSError, RuntimeError)):                    # torch's zip writer raises RuntimeError
+            why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+            raise ValueError(f"{path}: cannot be written ({why}); the file that was there is as it was. Make "
+                             "room, then start the same command again") from e
         raise
 
 

@@ -267,6 +267,33 @@ def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
     assert p.returncode == 2 and f"of {n} images are unreadable" in p.stderr and "Traceback" not in p.stderr
 
 
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path):
+    """Files may not grow above 100 kB: the second epoch's save fails, in one line, and loses nothing."""
+    train(images, tmp_path, "--epochs", "1")
+    before = (tmp_path / "last.pth").read_bytes()
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    cmd = command(images, tmp_path)
+    cmd[1:2] = ["-c", limit + f"sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); "
+                "runpy.run_path(sys.argv[0], run_name='__main__')", cmd[1]]
+    p = subprocess.run(cmd, capture_output=True, text=True, timeout=120)
+    assert p.returncode == 2 and "last.pth: cannot be written (" in p.stderr and "Traceback" not in p.stderr
+    assert (tmp_path / "last.pth").read_bytes() == before and not list(tmp_path.glob(".last*"))
+
+
+def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
+    """rec and cls of 2 x 4 images equal those of 1 x 8, step by step, where nothing else depends on the rank:
+    noise only (an alien comes from the rank's own batch), heads without BatchNorm, no drop path, no pat."""
+    same_for_both = "--noise_p 1 --head_norm none --drop_path 0 --w_pat 0 --epochs 4".split()
+    train(images, tmp_path / "one", *same_for_both, "--batch_size", "8")
+    p = run(images, tmp_path / "two", *same_for_both, ranks=2)
+    assert p.returncode == 0, p.stderr
+    one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for step, a in one.items():
+        for name in ("rec", "cls", "grad_norm"):
+            assert two[step][name] == pytest.approx(a[name], rel=2e-4), (step, name)
+
+
 def test_keep_milestones(images, tmp_path):
     train(images, tmp_path, "--keep", "1")
     kept = sorted(p.name for p in tmp_path.glob("backbone_*.pth"))

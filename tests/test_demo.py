@@ -1,0 +1,387 @@
+"""Proves: the page's masks are zeroshot.py's, pixel by pixel; a click, a slider or another user's same
+picture never runs the network again; strange files are one message; and in a real browser a click draws the
+mask, the slider changes it, nothing but our own host is asked, no file or address a client names is opened.
+
+The page's tests skip without gradio, the browser's without playwright and a Chromium too."""
+import argparse
+import io
+import os
+import runpy
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+import zeroshot
+from data import BadImage
+from toy import scene
+
+CPU, SIZE = torch.device("cpu"), 64
+
+
+def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def toy_picture(i: int = 0, size=(64, 80)) -> demo.Picture:
+    return demo.shown(torch.from_numpy(scene(i, size=size).image).permute(2, 0, 1), SIZE)
+
+
+@pytest.fixture
+def networks():
+    """Two small networks that count their forwards in `calls`."""
+    made = demo.Networks(["random:vit_micro/8", "random:vit_micro/14"], CPU, SIZE)
+    made.calls = []
+    for name, vit in made.vits.items():
+        vit.blocks[0].register_forward_hook(lambda *_, name=name: made.calls.append(name))
+    return made
+
+
+# ------------------------------------------------- pictures and clicks
+@pytest.mark.parametrize("bad", [b"hello, I am a picture", b"", None, content(Image.new("RGB", (64, 64)))[:60],
+                                 content(Image.new("RGB", (64, 64), "red"), "JPEG")[:300],
+                                 b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_a_file_that_is_no_picture_is_a_message(bad):
+    with pytest.raises(BadImage, match="not a picture") as e:
+        demo.open_upload(bad, SIZE)
+    assert "\n" not in str(e.value) and os.sep not in str(e.value)
+
+
+def test_sizes(monkeypatch):
+    large = content(Image.new("1", (12_000, 12_000)))
+    with monkeypatch.context() as m:
+        m.setattr(demo, "pil_to_tensor", None)                   # it must not be unpacked
+        with pytest.raises(BadImage, match="12000x12000 pixels, more than 50 million: "):
+            demo.open_upload(large, SIZE)
+    assert demo.shown(torch.zeros(3, 2, 4, dtype=torch.uint8), 8).image.shape == (3, 8, 16)
+    with pytest.raises(BadImage, match="4x400 pixels: one side"):
+        demo.open_upload(content(Image.new("RGB", (4, 400))), SIZE)
+    p = demo.open_upload(content(Image.new("RGB", (1200, 900))), SIZE)
+    assert p.image.shape == (3, 64, 85) and p.full == (900, 1200)
+    exif = Image.Exif()
+    exif[274] = 6                                                # lies on its side
+    turned = demo.open_upload(content(Image.new("RGB", (80, 60)), "JPEG", exif=exif), 60)
+    assert turned.image.shape == (3, 80, 60) and turned.full == (80, 60)
+
+
+def test_one_pixel(networks):
+    p = demo.open_upload(content(Image.new("RGB", (1, 1), "red")), SIZE)
+    a = demo.answer(networks, demo.click(demo.Clicks(p), 0, 0), "random:vit_micro/8")
+    assert a.mask.shape == a.heat.shape[:2] == (64, 64) and demo.mask_file(a.mask, p.full).size == (1, 1)
+
+
+def test_clicks():
+    start = demo.Clicks(toy_picture())
+    for x, y in ((-1, 3), (80, 3), (3, 64), (float("nan"), 3), (3, float("inf"))):
+        with pytest.raises(ValueError, match="outside of the picture, 80 pixels wide and 64 high"):
+            demo.click(start, x, y)
+    with pytest.raises(ValueError, match="first upload"):
+        demo.click(demo.Clicks(), 1, 1)
+    two = demo.click(demo.click(start, 79, 63), 5, 6, on=False)
+    assert two.of(True) == [(79, 63)] and two.of(False) == [(5, 6)] and start.points == ()
+    assert demo.undo(two) == demo.click(start, 79, 63) and demo.clear(two) == start == demo.undo(start)
+
+
+def test_keys_name_the_pixels():
+    a, b = toy_picture(0), toy_picture(1)
+    assert a.key == toy_picture(0).key != b.key
+    zeros = [demo.shown(torch.zeros(3, *hw, dtype=torch.uint8), SIZE) for hw in ((20, 30), (30, 20))]
+    assert zeros[0].key != zeros[1].key
+
+
+# ------------------------------------------------- the answer
+@pytest.mark.parametrize("threshold, stride", [("auto", None), (0.9, None), ("auto", 4)])
+def test_the_mask_is_that_of_zeroshot(networks, threshold, stride):
+    """Exactly the cells that `zeroshot.py --image` draws, and `segment` of the map by hand."""
+    picture, on, off = toy_picture(), [(40, 30), (20, 33)], [(1, 1)]
+    clicks = demo.Clicks(picture, (*((*p, True) for p in on), *((*p, False) for p in off)))
+    a = demo.answer(networks, clicks, "random:vit_micro/8", threshold, 8 // (stride or 8))
+    vit = networks.vits["random:vit_micro/8"]
+    args = argparse.Namespace(size=SIZE, stride=stride, point=on, background_point=off, threshold=threshold,
+                              combine="max", upsample=True, heads=False, kmeans=2, seed=0)
+    cells = zeroshot.picture_row(vit, picture.image, CPU, args)
+    assert cells[2][0].startswith("mask") and np.array_equal(a.cut, cells[2][1])
+    k = networks.tokens(picture, "random:vit_micro/8", 8 // (stride or 8))
+    tokens = [[zeroshot.token_at(p, (64, 80), (64, 80), 8, k.stride) for p in found] for found in (on, off)]
+    s = zeroshot.similarity_map(k.z, torch.tensor([tokens[0]]))
+    t = zeroshot.auto_threshold(s, 2).item() if threshold == "auto" else threshold
+    s = zeroshot.take_away(s, k.z, torch.tensor([tokens[1]]))
+    mask = zeroshot.segment(zeroshot.to_pixels(s, k.grid, 8, k.stride, True), t)[0].numpy()
+    assert a.t == pytest.approx(t, abs=1e-6) and (a.mask != mask).mean() < 1e-3 and 0 < mask.mean() < 1
+
+
+def test_background_layers_and_double_clicks(networks):
+    name, start = "random:vit_micro/8", demo.Clicks(toy_picture())
+    assert demo.answer(networks, start, name) is None
+    assert demo.answer(networks, demo.click(start, 1, 1, on=False), name) is None and not networks.calls
+    one = demo.click(start, 40, 30)
+    a, twice = demo.answer(networks, one, name), demo.answer(networks, demo.click(one, 40, 30), name)
+    assert np.array_equal(a.mask, twice.mask)
+    earlier = demo.answer(networks, one, name, layer=1)
+    x, z, _ = zeroshot.picture_tokens(networks.vits[name], start.picture.image, CPU, SIZE, None, -2)
+    assert torch.equal(z, networks.tokens(start.picture, name, 1, 1).z) and earlier.low != a.low
+    assert a.mask[30, 40] and not demo.answer(networks, demo.click(one, 42, 32, on=False), name, 0.2).mask.all()
+
+
+def test_a_second_click_does_not_run_the_network(networks):
+    name, clicks = "random:vit_micro/8", demo.click(demo.Clicks(toy_picture()), 40, 30)
+    first = demo.answer(networks, clicks, name)
+    for c in (demo.click(clicks, 10, 10), demo.undo(clicks), demo.clear(clicks), clicks):
+        for threshold in ("auto", 0.2, 0.8):
+            again = demo.answer(networks, c, name, threshold)
+    assert networks.calls == [name] and not np.array_equal(first.mask, again.mask)
+    demo.answer(networks, clicks, name, fine=2)
+    demo.answer(networks, clicks, name, layer=1)
+    demo.answer(networks, clicks, "random:vit_micro/14")
+    demo.answer(networks, demo.click(demo.Clicks(toy_picture(1)), 3, 3), name)
+    assert len(networks.calls) == 5
+    again = demo.answer(networks, demo.click(demo.Clicks(toy_picture(0)), 40, 30), name)  # uploaded again
+    assert len(networks.calls) == 5 and np.array_equal(first.mask, again.mask)
+
+
+def test_the_cache_is_bounded(networks):
+    name, pictures = "random:vit_micro/8", [toy_picture(i) for i in range(4)]
+    networks.tokens(pictures[0], name)
+    networks.budget = int(2.5 * networks.bytes)                  # room for two
+    for i in (1, 0, 2, 0, 1):                                    # 2 drops 1; then 1 is computed anew
+        networks.tokens(pictures[i], name)
+    assert len(networks.calls) == 4 and len(networks.kept) == 2
+    assert networks.bytes == sum(t.z.nbytes + t.photo.nbytes for t in networks.kept.values())
+
+
+def test_users_at_once(networks):
+    """Eight users, two pictures, two strides, one network: answers as of one alone, and four forwards."""
+    name, jobs = "random:vit_micro/8", [(i % 2, 1 + i // 2 % 2) for i in range(8)]
+    clicks = [demo.click(demo.Clicks(toy_picture(i)), 40, 30) for i in range(2)]
+    alone = demo.Networks([name], CPU, SIZE)
+    wanted = {job: demo.answer(alone, clicks[job[0]], name, fine=job[1]) for job in jobs}
+    found, start = {}, threading.Barrier(len(jobs))
+
+    def user(number, job):
+        start.wait()
+        for _ in range(5):
+            found[number] = demo.answer(networks, clicks[job[0]], name, fine=job[1])
+    threads = [threading.Thread(target=user, args=x) for x in enumerate(jobs)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert len(networks.calls) == 4
+    assert all(np.array_equal(found[i].mask, wanted[job].mask) for i, job in enumerate(jobs))
+
+
+def test_what_a_network_does_not_have_is_a_message(networks):
+    clicks = demo.click(demo.Clicks(toy_picture()), 40, 30)
+    with pytest.raises(ValueError, match="a patch of 14 pixels has no stride of 1/4"):
+        demo.answer(networks, clicks, "random:vit_micro/14", fine=4)
+    with pytest.raises(ValueError, match="4 blocks: at most 3 before the last"):
+        demo.answer(networks, clicks, "random:vit_micro/8", layer=4)
+    networks.size = 800
+    with pytest.raises(ValueError, match="tokens, more than"):
+        demo.answer(networks, clicks, "random:vit_micro/8", fine=2)
+    assert not networks.calls
+
+
+# ------------------------------------------------- the command
+def test_names_and_the_newest_checkpoint(tmp_path, monkeypatch):
+    names = demo.Networks(["random:vit_micro/16"] * 2, CPU).vits
+    assert list(names) == ["random:vit_micro/16", "random:vit_micro/16 (2)"]
+    named = demo.Networks([], CPU)
+    assert [named.name(p) for p in ("out/a/backbone.pth", "x/dino.pth")] == ["a/backbone", "dino"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run python pretrain.py"):
+        demo.newest()
+    for age, name in ((5, "out/b/backbone.pth"), (1, "out/backbone.pth"), (9, "out/a/backbone.pth")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    assert demo.newest() == os.path.join("out", "backbone.pth")
+
+
+def test_example_folders(tmp_path, capsys):
+    for i in range(30):
+        Image.new("RGB", (40, 30), (8 * i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "00.png").write_text("no picture")
+    found = demo.folder_examples(str(tmp_path), 30)
+    assert len(found) == demo.EXAMPLES - 1 and found[-1].image[0, 0, 0] == 8 * 29
+    assert "00.png" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no such folder"):
+        demo.folder_examples("nowhere", SIZE)
+
+
+@pytest.mark.parametrize("words, reason", [
+    ("", "pip install -r requirements-demo.txt"), ("--size 5", "16 ... 2048"), ("--bogus", "unrecognized"),
+    ("--size 16", "run python pretrain.py"), ("--size 16 --ckpt nope.pth", "nope.pth: no such checkpoint"),
+    ("--images nowhere", "no such folder")])
+def test_mistakes_are_one_line_and_code_2(words, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None if not words else argparse)
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words.split()])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(demo.__file__, run_name="__main__")
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and reason in err and err.count("\n") == 1 and err.startswith("demo.py: ")
+
+
+# ------------------------------------------------- the page, in a browser
+@pytest.fixture(scope="module")
+def server():
+    """(address, networks, examples) of a running page."""
+    os.environ |= demo.OFFLINE
+    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
+    networks = demo.Networks(["random:vit_micro/8", "random:vit_micro/14"], CPU, SIZE)
+    examples = [toy_picture(i, (96, 120)) for i in range(3)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    blocks = demo.page(networks, examples)
+    yield demo.launch(blocks, "127.0.0.1", port, wait=False), networks, examples
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, and a Chromium")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    with api.sync_playwright() as p:
+        found = next(filter(None, map(shutil.which, names)), p.chromium.executable_path)
+        if not os.path.exists(found):
+            pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
+        chromium = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def visit(browser, address):
+    """A new user's tab; what it asks for and complains about is in `tab.asked` and `tab.errors`."""
+    tab = browser.new_context(viewport={"width": 1300, "height": 900}, accept_downloads=True).new_page()
+    tab.set_default_timeout(30_000)
+    tab.asked, tab.errors = [], []
+    tab.on("request", lambda r: tab.asked.append(r.url))
+    tab.on("console", lambda m: tab.errors.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: tab.errors.append(str(e)))
+    tab.goto(address)
+    return tab
+
+
+def pick(tab, i):
+    tab.locator("#examples img").nth(i).click()
+    tab.locator("#photo img").wait_for()
+
+
+def click_at(tab, picture, x, y):
+    box = tab.locator("#photo img").bounding_box()
+    h, w = picture.image.shape[1:]
+    tab.mouse.click(box["x"] + (x + 0.5) / w * box["width"], box["y"] + (y + 0.5) / h * box["height"])
+
+
+def mask_of(tab):
+    with tab.expect_download() as download:
+        tab.locator("#download0").click()
+    assert download.value.suggested_filename.endswith(".png")
+    return np.asarray(Image.open(download.value.path()).convert("1"))
+
+
+def wanted(networks, picture, points, threshold="auto"):
+    """What the file should hold, near ties at the place of the click allowed for by the caller."""
+    a = demo.answer(networks, demo.Clicks(picture, tuple(points)), "random:vit_micro/8", threshold)
+    return np.asarray(demo.mask_file(a.mask, picture.full)), a
+
+
+def test_click_slider_undo_in_a_browser(server, browser):
+    address, networks, examples = server
+    tab, picture = visit(browser, address), examples[1]
+    x, y = 40, 32                                                # both in the middle of a pixel's patch
+    pick(tab, 1)
+    tab.get_by_text("Now click on an object.").wait_for()
+    click_at(tab, picture, x, y)
+    mask, a = wanted(networks, picture, [(x, y, True)])
+    tab.locator("#mask0").get_by_text(f"t = {a.t:.2f}").wait_for()
+    assert np.array_equal(mask_of(tab), mask) and 0 < mask.mean() < 1
+    assert float(tab.locator("#threshold input[type=number]").input_value()) == pytest.approx(a.t, abs=0.006)
+
+    level = round(a.low + 0.2 * (a.high - a.low), 2)
+    tab.locator("#threshold input[type=range]").fill(f"{level}")
+    tab.locator("#mask0").get_by_text(f"t = {level:.2f}").wait_for()
+    moved, _ = wanted(networks, picture, [(x, y, True)], level)
+    assert np.array_equal(mask_of(tab), moved) and not np.array_equal(moved, mask)
+    assert not tab.locator("#auto input").is_checked()
+    tab.locator("#auto input").check()
+    tab.locator("#mask0").get_by_text(f"t = {a.t:.2f}").wait_for()
+
+    tab.get_by_label("background").check()
+    click_at(tab, picture, 2, 2)
+    less, _ = wanted(networks, picture, [(x, y, True), (2, 2, False)])
+    tab.get_by_text(f"The mask is {less.mean():.1%}").wait_for()
+    assert np.array_equal(mask_of(tab), less)
+    tab.locator("#undo").click()
+    tab.get_by_text(f"The mask is {mask.mean():.1%}").wait_for()
+    tab.locator("#clear").click()
+    tab.get_by_text("Now click on an object.").wait_for()
+    assert not tab.errors and tab.asked
+    assert all(url.startswith((address, "data:", "blob:")) for url in tab.asked)
+
+
+def test_two_users_and_strange_files_in_a_browser(server, browser, tmp_path):
+    address, networks, examples = server
+    one, other = visit(browser, address), visit(browser, address)
+    pick(one, 0)
+    click_at(one, examples[0], 50, 30)
+    one.locator("#mask0 img").wait_for()
+    assert other.locator("#mask0 img").count() == 0
+    other.locator("#clear").click()
+    other.get_by_text("first upload a picture, or pick an example").wait_for()
+    (tmp_path / "letter.png").write_text("Dear network,")
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    for name, reason in (("letter", "not a picture"), ("huge", "12000x12000 pixels"), ("one", "Now click")):
+        other.locator("input[type=file]").first.set_input_files(tmp_path / f"{name}.png")
+        other.get_by_text(reason).wait_for()
+    click_at(other, demo.shown(torch.zeros(3, 1, 1, dtype=torch.uint8), SIZE), 9, 9)
+    other.locator("#mask0 img").wait_for()
+    mask, _ = wanted(networks, examples[0], [(50, 30, True)])
+    assert np.array_equal(mask_of(one), mask)                    # nothing of this changed the other's
+    second = one.locator("#second input")
+    second.click()
+    one.get_by_role("option", name="random:vit_micro/14").click()
+    one.locator("#mask1 img").wait_for()
+    assert not one.errors and not other.errors
+
+
+def test_no_file_and_no_address_of_a_client_is_opened(server, tmp_path):
+    """Events made by hand, not by the page: a picture named by a path, or by an address."""
+    import httpx
+    address = server[0]
+    api = f"{address}gradio_api/"
+    for path in ("/etc/passwd", os.path.abspath("README.md"), f"{tmp_path}/x", "../README.md"):
+        assert httpx.get(f"{api}file={path}").status_code in (403, 404)
+    config = httpx.get(f"{address}config").json()
+    event = next(d for d in config["dependencies"] if d["api_name"] == "on_upload")
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.5)
+        for path in (str(tmp_path / "x.png"), f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"):
+            file = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+            data = [file, None, "random:vit_micro/8", demo.NONE, True, 0.5, 1, 0]
+            body = {"fn_index": event["id"], "session_hash": "byhand", "data": data}
+            assert httpx.post(f"{api}queue/join", json=body).status_code == 200
+            with httpx.stream("GET", f"{api}queue/data?session_hash=byhand", timeout=20) as lines:
+                done = next(line for line in lines.iter_lines() if "process_completed" in line)
+            assert '"success":false' in done, done
+        try:
+            asked.append(listener.accept())
+        except TimeoutError:
+            pass
+    assert not asked
