@@ -181,12 +181,29 @@ def open_images(data: str, split: str = "train", data_root: str = "data", downlo
     return Files(val) if val is not None and val.is_dir() else None
 
 
+class Part:
+    """Chosen images of a source."""
+
+    def __init__(self, images, index: list[int]):
+        self.images, self.index, self.classes = images, index, images.classes
+        self.labels = [images.labels[i] for i in index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, i: int) -> Tensor:
+        return self.images.read(self.index[i])
+
+    def name(self, i: int) -> str:
+        return self.images.name(self.index[i])
+
+
 class Views(Dataset):
     """transform(image, generator) of item (epoch, index), the generator seeded by (seed, epoch, index).
 
-    Returns what the transform returns (a dict) with "index" added, and "bad" = index, or -1 if it was
-    readable.  A bad image is replaced by the next readable one, the same on every worker.  Raises BadImage
-    after 100 in a row."""
+    Returns what the transform returns (a dict) with "index" added, "read" = which image was read, and
+    "bad" = index, or -1 if it was readable.  A bad image is replaced by the next readable one, the same on
+    every worker.  Raises BadImage after 100 in a row."""
 
     def __init__(self, images, transform: Callable, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
@@ -205,7 +222,7 @@ class Views(Dataset):
         else:
             raise error
         views = self.transform(image, generator_of(self.seed, "view", epoch, index))
-        return views | {"index": index, "bad": index if step else -1}
+        return views | {"index": index, "read": (index + step) % len(self), "bad": index if step else -1}
 
 
 class EpochSampler(Sampler):

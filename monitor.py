@@ -23,7 +23,7 @@ import distributed
 import figure
 import probes
 import zeroshot
-from data import denormalize, normalize
+from data import Part, denormalize, normalize
 from distributed import say
 from features import centre_crop
 from masking import GMML, Augmentation, MultiCrop, gmml
@@ -108,19 +108,20 @@ class Guard:
                 line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
                 f.write(json.dumps(line) + "\n")
 
-    def log(self, values: dict[str, Tensor], step: int, per_epoch: int, lr: float, momentum: float,
-            bar) -> None:
-        """Every --log_every steps, and at an epoch's end: means over the ranks to log.jsonl and the bar."""
+    def log(self, values: dict[str, Tensor], step: int, per_epoch: int, rates: dict[str, float], bar) -> None:
+        """Every --log_every steps, and at an epoch's end: means over the ranks to log.jsonl and the bar.
+        rates: what is the same on all ranks, such as lr."""
         bar.update()
-        self.seen += self.args.batch_size * distributed.world_size()
+        self.seen += self.args.batch_size * getattr(self.args, "accum", 1) * distributed.world_size()
         if step % self.args.log_every and step % per_epoch:
             return
         means = distributed.all_mean(torch.stack(list(values.values()))).tolist()
         values = dict(zip(values, means, strict=True))
         speed = self.seen / (time.time() - self.started - self.evaluating)
-        self.write({"step": step, "epoch": step / per_epoch, **values, "lr": lr, "momentum": momentum,
+        self.write({"step": step, "epoch": step / per_epoch, **values, **rates,
                     "images_per_s": speed, "seconds": self.elapsed()})
         parts = [f"{k} {values[k]:.3f}" for k in ("rec", "pat", "cls") if k in values]
+        parts = parts or [f"loss {values['loss']:.3f}"]
         bar.set_postfix_str(" ".join([*parts, f"{speed:.0f} images/s"]))
         if step > self.args.warmup_epochs * per_epoch:
             self.watch_collapse(values, step)
@@ -145,20 +146,6 @@ def thin(images, most: int):
     if len(images) <= most:
         return images
     return Part(images, torch.linspace(0, len(images) - 1, most).long().tolist())
-
-
-class Part:
-    """Chosen images of a source."""
-
-    def __init__(self, images, index: list[int]):
-        self.images, self.index, self.classes = images, index, images.classes
-        self.labels = [images.labels[i] for i in index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, i: int) -> Tensor:
-        return self.images.read(self.index[i])
 
 
 class Monitor(Guard):

@@ -146,7 +146,8 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
             ema_update(teacher, bare, momentum[step])
 
             step += 1
-            monitor.log(log, step, per_epoch, lr[step - 1], momentum[step - 1], bar)
+            rates = {"lr": lr[step - 1], "momentum": momentum[step - 1]}
+            monitor.log(log, step, per_epoch, rates, bar)
             if monitor.time_to_save(step) or monitor.stopping or step % per_epoch == 0:
                 save(args, bare, teacher, optimizer, step, per_epoch)
             if monitor.stopping:
