@@ -21,6 +21,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -181,12 +182,13 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 
         return denormalize(x).permute(1, 2, 0).numpy()
     for i, number in enumerate(at):
         top_row = [("original", photo(clean[i])), ("corrupted", photo(corrupted[i]))]
-        below = [("", photo(clean[i])), ("differences", photo(corrupted[i]))]
+        below = [("", np.full_like(photo(clean[i]), 255)),
+                 ("differences", figure.heat((corrupted[i] - clean[i]).abs().mean(0), 0, 2))]
         for block, x in zip(blocks, painted, strict=True):
             difference = (x[i] - clean[i]).abs().mean(0)
             top_row.append((f"block {block}", photo(x[i])))
             below.append((f"block {block}: mean {difference.mean():.2f}", figure.heat(difference, 0, 2)))
-        rows += [(Path(images.name(number)).name, top_row), ("", below[1:])]
+        rows += [(Path(images.name(number)).name, top_row), ("", below)]
     return figure.sheet(rows)
 
 

@@ -35,11 +35,10 @@ DEFORM = 0.05                # bending of silhouettes; change this line to 0.25 
 COVERAGE = (0.44, 0.62)      # of the image by its class; change this line to (0.1, 0.2) (harder)
 DISTRACTOR = 0.4             # share of scenes with an object of another class; change this line to 0 (easier)
 TILT = 0.25                  # radians by which texture leans; change this line to 3.14 (much harder)
-LIGHT = 0.10                 # std of the lights' brightness; change this line to 0 (easier)
+LIGHT = 0.08                 # std of the lights' brightness; change this line to 0 (easier)
 CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
-ON_OBJECTS = 1.0             # share of the lights that falls on objects
-OWN = 0.10                   # strength of each surface's own hue; change this line to 0 (harder)
-BACKDROP = 0.0               # std of luminance of the background's pattern; 0: a smooth background
+OWN = 0.06                   # strength of each surface's own hue; change this line to 0 (harder)
+BACKDROP = 0.06              # amplitude of each wave of the background; change this line to 0 (smooth)
 WAVES = (5, 10)              # its wavelengths, toy pixels
 SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder
 GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
@@ -249,8 +248,7 @@ def render(rng, lights, colours, backdrop, things, size, pan=(0, 0)):
     for i, thing in enumerate(things):
         draw(tones, ids, thing, i + 1, step / SS)
     tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
-    lit = 1 - (1 - ON_OBJECTS) * pool((ids > 0).astype(np.float32))[..., None] / SS**2
-    image = 0.5 + tone[..., None] + lit * lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
+    image = 0.5 + tone[..., None] + lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
     votes = [pool((ids == i).astype(np.uint8)) for i in range(len(things) + 1)]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
 

@@ -34,6 +34,12 @@ def start(images: Path, out: Path, ranks: int) -> subprocess.Popen:
                             start_new_session=True)
 
 
+def kill_all(out: Path) -> None:
+    """kill -9 of every process that has `out` on its command line: torchrun starts ranks in sessions of
+    their own, and orphans would go on writing."""
+    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)
+
+
 def logged(out: Path) -> int:
     return max(steps(out), default=0) if (out / "log.jsonl").exists() else 0
 
@@ -53,7 +59,7 @@ def kill(folder: Path, n: int, ranks: int) -> int:
             time.sleep(0.01)
         time.sleep(random.random() * 0.05)                             # anywhere within the step
         if p.poll() is None:
-            os.killpg(p.pid, kind) if kind == signal.SIGKILL else p.send_signal(kind)
+            kill_all(out) if kind == signal.SIGKILL else p.send_signal(kind)
         code, reached = p.wait(), logged(out)
         again = start(images, out, ranks).wait()
         cut = torch.load(out / "last.pth", weights_only=True)

@@ -193,7 +193,7 @@ def test_mistakes_are_named(world, tmp_path):
     (tmp_path / "two/val/red/x.png").write_bytes(photo)
     for wrong, said in ((["--data", str(tmp_path / "one")], "no classes"),
                         (["--data", str(tmp_path / "no")], "no such folder"),
-                        (["--val_data", str(tmp_path / "two/val")], "only one of them has blue, green, other"),
+                        (["--val_data", str(tmp_path / "two/val")], "one of them has blue, green, other"),
                         (["--size", "30"], "not a multiple of the patch size 8"),
                         (["--fraction", "2"], "at most 1"), (["--batch_size", "99"], "lower --batch_size"),
                         (["--eval", "x"], "give --ckpt")):
