@@ -184,7 +184,7 @@ class Monitor(Guard):
                                     workers=self.args.num_workers)
                 result = {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
             if hasattr(self.val, "scene"):
-                result["prompt_iou"], _ = self.prompt_iou(self.tokens(backbone))
+                result["prompt_iou"] = self.prompt_iou(self.tokens(backbone))
             backbone.train()
         self.evaluating += time.time() - began
         if result:
@@ -198,12 +198,12 @@ class Monitor(Guard):
             return zeroshot.patch_features(backbone, normalize(image[None].to(self.device)))[0].cpu()
         return features
 
-    def prompt_iou(self, features) -> tuple[float, float]:
-        """Best mean IoU over the thresholds, in percent, and that threshold, on 200 val scenes of the toy
-        world; the targets are the objects of one class together."""
+    def prompt_iou(self, features) -> float:
+        """Best mean IoU over the thresholds, in percent, on 200 val scenes of the toy world; the targets are
+        the objects of one class together."""
         grid = (self.size // self.P, self.size // self.P)
         iou = zeroshot.prompt_iou(features, (self.scene(i) for i in range(min(200, len(self.val)))), grid)
-        return 100 * iou.max().item(), zeroshot.THRESHOLDS[int(iou.argmax())]
+        return 100 * iou.max().item()
 
     def scene(self, i: int) -> tuple[Tensor, Tensor]:
         s = self.val.scene(i)
@@ -222,16 +222,14 @@ class Monitor(Guard):
         lines = read_lines(self.out / "log.jsonl")
         before = next((x for x in lines if x.get("epoch") == 0 and "step" not in x), {})
         results = {**after, **{f"{k}_untrained": before.get(k) for k in after}, "seconds": round(seconds, 1)}
-        threshold = 0.4
         if hasattr(self.val, "scene"):
             def patch_colours(image):                                  # what one can do without any network
                 mean = patchify(normalize(image[None]), self.P)[0].unflatten(1, (3, -1)).mean(-1)
                 return F.normalize(mean, dim=-1)
-            results["prompt_iou_colours"] = self.prompt_iou(patch_colours)[0]
-            threshold = self.prompt_iou(self.tokens(teacher.backbone.eval()))[1]
+            results["prompt_iou_colours"] = self.prompt_iou(patch_colours)
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        self.picture(student, teacher.backbone, threshold).save(self.out / "result.png")
+        self.picture(student, teacher.backbone).save(self.out / "result.png")
         names = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU"}
         said = [f"{n} {results[k + '_untrained'] or 0:.1f} -> {results[k]:.1f} %"
                 for k, n in names.items() if k in results]
@@ -240,9 +238,9 @@ class Monitor(Guard):
         say(f"done in {seconds:.0f} s: {', '.join(said)}; look at {self.out / 'result.png'}")
 
     @torch.no_grad()
-    def picture(self, student, backbone, threshold: float, n: int = 6) -> Image.Image:
-        """One row per held-out image: the clicked patch, similarity, mask, corrupted input, the student's
-        reconstruction."""
+    def picture(self, student, backbone, n: int = 6) -> Image.Image:
+        """One row per held-out image: the clicked patch, similarity from its least to its largest, mask at
+        the automatic threshold, corrupted input, the student's reconstruction."""
         source, P, g = self.val if self.val is not None else self.images, self.P, self.size // self.P
         n, zoom = min(n, len(source)), max(1, figure.CELL // self.size)
         images = torch.stack([self.resized(i) if source is self.val else
@@ -264,10 +262,13 @@ class Monitor(Guard):
         rows = []
         for i in range(n):
             at = self.click(i, g) if source is self.val else g * g // 2 + g // 2
-            similarity, picture = larger((z[i] @ z[i, at]).view(g, g), P * zoom), photo(images[i])
+            picture = photo(images[i])
+            s = zeroshot.similarity_map(z[i], torch.tensor([[at]], device=z.device))
+            mask = larger(zeroshot.segment(s).view(g, g), P * zoom).numpy()
+            low, similarity = s.min().item(), larger(s.view(g, g), P * zoom)
             cells = [("clicked patch", figure.marked(picture, (g, g), [(at % g, at // g)], [])),
-                     ("similarity", figure.heat(similarity, -0.2, 1)),
-                     (f"mask (>= {threshold:g})", figure.cut_out(picture, (similarity >= threshold).numpy())),
+                     (f"similarity, {low:.2f} to 1", figure.heat(similarity, low, 1)),
+                     ("mask (automatic threshold)", figure.cut_out(picture, mask)),
                      ("corrupted", photo(denormalize(corrupted[i])))]
             if student.h_rec is not None:
                 patches = student.h_rec(student.backbone(corrupted[i:i + 1])[0, backbone.num_prefix_tokens:])

@@ -7,9 +7,8 @@ Ten classes. A class is a silhouette (the global cue) with its own surface textu
 8x8 window of a 64-pixel image). What tells two scenes of one class apart is what augmentation removes: place,
 size, turn, hue, brightness. Colour says nothing of the class and little of what is object.
 
-10-NN accuracy in %, 500 val by 2000 train scenes, chance 10: raw pixels 12, colour histograms 12 (brightness
-alone 35: a texture's share of light), turn-invariant spectra of 8x8 windows 100, and 87 on random crops of
-scale 0.25 to 1. Objects of the scene's class cover 45 % of it on average.
+10-NN accuracy, chance 10 %: raw pixels and colour histograms under 35 (tests/test_toy.py), an untrained ViT
+21 with CLS, 26 with PAT.  Objects of the scene's class cover 38 % of it on average.
 
 A scene is a function of (seed, split, index); at 64x64 it takes about 2.5 ms on one core.
 Lengths are in "toy pixels": the short side of every image has 64 of them, whatever its size."""
