@@ -210,7 +210,7 @@ def main(args) -> None:
     device = distributed.init(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; {args.rounds} calls")
     result = {name: PARTS[name](args, device) for name in args.only or PARTS}
     if args.json:
         with open(args.json, "a") as f:
