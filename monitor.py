@@ -264,11 +264,11 @@ class Monitor(Guard):
             at = self.click(i, g) if source is self.val else g * g // 2 + g // 2
             picture = photo(images[i])
             s = zeroshot.similarity_map(z[i], torch.tensor([[at]], device=z.device))
-            mask = larger(zeroshot.segment(s).view(g, g), P * zoom).numpy()
+            chosen = larger(zeroshot.segment(s).view(g, g), P * zoom).numpy()
             low, similarity = s.min().item(), larger(s.view(g, g), P * zoom)
             cells = [("clicked patch", figure.marked(picture, (g, g), [(at % g, at // g)], [])),
                      (f"similarity, {low:.2f} to 1", figure.heat(similarity, low, 1)),
-                     ("mask (automatic threshold)", figure.cut_out(picture, mask)),
+                     ("mask (automatic threshold)", figure.cut_out(picture, chosen)),
                      ("corrupted", photo(denormalize(corrupted[i])))]
             if student.h_rec is not None:
                 patches = student.h_rec(student.backbone(corrupted[i:i + 1])[0, backbone.num_prefix_tokens:])
