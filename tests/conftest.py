@@ -1,12 +1,23 @@
 """Shared by all tests: where the real images are, and one thread per test process (two cores, often busy)."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("MMC_TEST_THREADS", 2)))
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A run inside the test process installs handlers; the next test must not meet them."""
+    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    before = [signal.getsignal(s) for s in kinds]
+    yield
+    for s, handler in zip(kinds, before, strict=True):
+        signal.signal(s, handler)
 
 
 @pytest.fixture(scope="session")
