@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,49 +100,72 @@ def learning_rate(step: int, steps: int, warmup: int, lr: float, min_lr: float) 
 
 
 # ------------------------------------------------- data
-class Labelled(Views):
-    """Training images: a random crop, mirrored or not, then the recipe's augmentation."""
+class CropAndAugment:
+    """A random crop, mirrored or not, then the recipe's augmentation.  A class, not a closure: where loader
+    workers are spawned (macOS) it travels to them."""
 
-    def __init__(self, images, size: int, augment: str, seed: int):
-        def transform(image: Tensor, g: torch.Generator) -> dict:
-            crop = random_resized_crop(image, size, (0.08, 1.0), 0.5, g)
-            return {"image": AUGMENTS[augment](crop, g)}
-        super().__init__(images, transform, seed)
+    def __init__(self, size: int, augment: str):
+        self.size, self.augment = size, augment
+
+    def __call__(self, image: Tensor, g: torch.Generator) -> dict[str, Tensor]:
+        crop = random_resized_crop(image, self.size, (0.08, 1.0), 0.5, g)
+        return {"image": AUGMENTS[self.augment](crop, g)}
 
 
 def chosen(images, fraction: float | None, shots: int | None, seed: int):
-    """The same share, or number, of each class; at least one image of each."""
+    """The same share, or number, of each class; at least one image of each.  Raises ValueError for a class
+    with fewer images than `shots`."""
     if fraction is None and shots is None:
         return images
     labels, kept = torch.tensor(images.labels), []
     for c in labels.unique().tolist():
         of_class = (labels == c).nonzero()[:, 0]
         n = shots if shots is not None else max(1, round(fraction * len(of_class)))
+        if n > len(of_class):
+            raise ValueError(f"--shots {shots}: class {images.classes[c]} has only {len(of_class)} images")
         order = torch.randperm(len(of_class), generator=generator_of(seed, "chosen", c))
         kept += of_class[order[:n]].tolist()
     return Part(images, sorted(kept))
 
 
-def open_split(args) -> tuple:
-    """Labelled train and val images.  Raises ValueError where they do not fit together."""
-    where = args.data_root, args.download
-    train = open_images(args.data, "train", *where)
-    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", *where)
-    if train.labels is None:
-        raise ValueError(f"--data {args.data}: no classes; expected two or more class folders, DIR/CLASS/* "
+def labelled(images, where: str):
+    """The source itself, without what has no label (STL-10 has such).  Raises ValueError."""
+    if images.labels is None:
+        raise ValueError(f"{where}: no classes, or one only; expected two or more class folders, DIR/CLASS/* "
                          "or DIR/train/CLASS/*")
+    known = [i for i, y in enumerate(images.labels) if y >= 0]
+    return images if len(known) == len(images) else Part(images, known)
+
+
+def same_classes(a, b, what: str) -> None:
+    """Raises ValueError naming the classes that only one of two lists has."""
+    if list(a) != list(b):
+        odd = sorted(set(map(str, a)) ^ set(map(str, b)))[:5]
+        raise ValueError(f"{what} have {len(a)} and {len(b)} classes; only one of them has "
+                         f"{', '.join(odd) or 'them in this order'}")
+
+
+def open_split(args) -> tuple:
+    """Labelled train and val images, without --fraction and --shots; of --eval, any labelled folder is val.
+    Raises ValueError where they do not fit together."""
+    where = args.data_root, args.download
+    train = labelled(open_images(args.data, "train", *where), f"--data {args.data}")
+    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", *where)
     if val is None and args.val_split:
-        held = set(chosen(train, args.val_split, None, args.seed).index)
+        held = set(chosen(train, args.val_split, None, 0).index)
         train, val = (Part(train, [i for i in range(len(train)) if (i in held) == k]) for k in (False, True))
-        say(f"no val split: every class lends {args.val_split:g} of its images, {len(val)} in all")
-    if val is None or val.labels is None:
-        raise ValueError(f"--data {args.data}: no labelled val split; give DIR/val/CLASS/*, --val_data, or "
+        gone = sorted({train.classes[y] for y in set(val.labels) - set(train.labels)})
+        if gone:
+            raise ValueError(f"--val_split {args.val_split:g} leaves no image to train on of "
+                             f"{', '.join(gone[:5])}")
+        say(f"no val split: every class lends {args.val_split:g} of its images, {len(val)} in all, the same "
+            "for every --seed")
+    if val is None and not args.eval:
+        raise ValueError(f"--data {args.data}: no val split; give DIR/val/CLASS/*, --val_data, or "
                          "--val_split 0.2")
-    if list(train.classes) != list(val.classes):
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train has {len(train.classes)} classes, val {len(val.classes)}; only one of them "
-                         f"has {', '.join(map(str, odd[:5]))}")
-    return chosen(train, args.fraction, args.shots, args.seed), val
+    val = train if val is None else labelled(val, f"val images of {args.val_data or args.data}")
+    same_classes(train.classes, val.classes, "train and val")
+    return train, val
 
 
 # ------------------------------------------------- training and test
@@ -174,6 +198,12 @@ def top1(guess: Tensor, labels: list[int]) -> float:
 class Watch(Guard):
     def watch_collapse(self, values, step) -> None:
         """A classifier has no such floor."""
+
+    def epoch_end(self) -> None:
+        """The count of unreadable images; it starts anew, or ranks would count each other's again."""
+        if self.bad:
+            say(f"\n{len(self.bad)} unreadable images replaced, see {self.out / 'bad_images.txt'}")
+        self.bad = set()
 
 
 def train(model, optimizer, loader, val, args, device, state: dict, guard: Watch) -> dict:
@@ -211,18 +241,23 @@ def train(model, optimizer, loader, val, args, device, state: dict, guard: Watch
             state["step"] = step
             guard.log(log, step, per_epoch, {"lr": lr}, bar)
             epoch, ended = step // per_epoch, step % per_epoch == 0
+            if ended:
+                guard.epoch_end()
             if ended and (epoch % args.eval_every == 0 or step == steps):
+                began = time.time()
                 guess, _ = predict(bare, val, args.size, device, args.batch_size, args.num_workers)
                 state["top1"] = top1(guess, val.labels)
                 guard.write({"epoch": epoch, "top1": state["top1"]})
                 say(f"\nepoch {epoch}: top-1 {state['top1']:.2f} %")
                 if state["top1"] > state["best"]:
                     state["best"] = state["top1"]
-                    save_best(args, bare, val.classes, state)
+                    checkpoint.save(Path(args.output_dir) / "best.pth",
+                                    described(args, bare, val.classes, state))
+                guard.evaluating += time.time() - began
             if ended or guard.time_to_save(step) or guard.stopping:
                 checkpoint.save(Path(args.output_dir) / "last.pth", {
-                    **state, "options": vars(args) | {"world_size": distributed.world_size()},
-                    "model": bare.state_dict(), "optimizer": optimizer.state_dict()})
+                    **described(args, bare, val.classes, state), "optimizer": optimizer.state_dict(),
+                    "options": vars(args) | {"world_size": distributed.world_size()}})
             if guard.stopping:
                 bar.close()
                 distributed.fail(f"stopped by a signal after step {step}, saved; start the same command "
@@ -239,10 +274,10 @@ def global_lr(args) -> float:
     return args.lr * args.batch_size * args.accum * distributed.world_size() / 256
 
 
-def save_best(args, model: Classifier, classes: list[str], state: dict) -> None:
-    checkpoint.save(Path(args.output_dir) / "best.pth", {
-        "arch": model.backbone.config, "head": model.kind, "classes": list(classes), "size": args.size,
-        "top1": state["best"], "step": state["step"], "model": model.state_dict()})
+def described(args, model: Classifier, classes: list[str], state: dict) -> dict:
+    """The classifier with all that --eval and load_backbone need to build it."""
+    return {**state, "arch": model.backbone.config, "head": model.kind, "classes": list(classes),
+            "size": args.size, "model": model.state_dict()}
 
 
 def load_best(path: str) -> tuple[Classifier, dict]:
@@ -286,9 +321,9 @@ def report(guess: Tensor, sure: Tensor, val, args, more: dict) -> None:
             f.write(json.dumps(row) + "\n")
 
 
-def picture(train, val, args, n: int = 4, draws: int = 5) -> Image.Image:
+def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:
     """Rows of training images: the test crop, then several draws of the training augmentation."""
-    views, rows = Labelled(train, args.size, args.augment, args.seed), []
+    views, rows = Views(train, CropAndAugment(args.size, args.augment), args.seed), []
 
     def photo(x):
         return x.permute(1, 2, 0).numpy()
@@ -304,15 +339,17 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument_group("weights and data").add_argument
     a("--ckpt", help="checkpoint of any method, or random:ARCH/PATCH for training from scratch")
     a("--checkpoint_key", help="weights other than the teacher's, by their name in the file")
-    a("--eval", metavar="BEST", help="in place of --ckpt: test a best.pth of this script, and end")
+    a("--eval", metavar="FILE",
+      help="in place of --ckpt: test a best.pth or last.pth of this script, and end")
     a("--data", required=True, help="folder of class folders (train/ and val/), 'toy', or cifar10, cifar100, "
       "flowers102, pets, cars, aircraft")
     a("--val_data", help="folder of the test images, if it is not beside the train images")
-    a("--val_split", type=float, help="share of each class to test on, where there is no val split")
+    a("--val_split", type=float,
+      help="share of each class to test on, where there is no val split; the same for every --seed")
     a("--data_root", default="data", help="where torchvision keeps its sets")
     a("--download", action="store_true", help="let torchvision download the named set")
     a("--fraction", type=float, help="train on this share of each class (Fig. 7: 0.1)")
-    a("--shots", type=int, help="train on this many images of each class")
+    a("--shots", type=int, help="train on this many images of each class (which: by --seed)")
     a("--size", type=int, help="pixels of a side (paper 224, or the nearest multiple of the patch below)")
     a("--num_workers", type=int, default=8, help="loader processes per rank (8)")
     a("--max_bad", type=float, default=0.01, help="share of unreadable images above which the run fails")
@@ -363,8 +400,21 @@ def get_args(argv=None) -> argparse.Namespace:
             setattr(args, k, v)
     if args.fraction is not None and not 0 < args.fraction <= 1:
         raise ValueError(f"--fraction {args.fraction:g}: expected a share above 0, at most 1")
-    if min(args.epochs, args.batch_size, args.accum, args.shots or 1, args.eval_every) < 1:
+    if min(args.epochs, args.batch_size, args.accum, 1 if args.shots is None else args.shots,
+           args.eval_every) < 1:
         raise ValueError("--epochs, --batch_size, --accum, --shots, --eval_every: expected 1 or more")
+    if args.fraction is not None and args.shots is not None:
+        raise ValueError("--fraction and --shots: give one of them")
+    if args.val_split is not None and not 0 < args.val_split < 1:
+        raise ValueError(f"--val_split {args.val_split:g}: expected a share above 0, below 1")
+    if not 0 <= args.smoothing < 1 or min(args.mixup, args.cutmix) < 0:
+        raise ValueError("--smoothing, --mixup, --cutmix: expected 0 or more, and smoothing below 1")
+    if (args.mixup or args.cutmix) and args.batch_size * args.accum < 2:
+        raise ValueError("--batch_size 1: mixing needs two images; give more, or --mixup 0 --cutmix 0")
+    for name in ("json", "predictions", "picture"):                    # known now, not after 200 epochs
+        path = getattr(args, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: no folder {Path(path).parent}")
     return args
 
 
@@ -373,9 +423,7 @@ def main(args: argparse.Namespace) -> None:
     train_images, val = open_split(args)
     if args.eval:
         model, content = load_best(args.eval)
-        if list(content["classes"]) != list(val.classes):
-            raise ValueError(f"--eval {args.eval}: has {len(content['classes'])} classes "
-                             f"({', '.join(content['classes'][:3])}, ...), the data {len(val.classes)}")
+        same_classes(content["classes"], val.classes, f"--eval {args.eval} and the data")
         found = predict(model.to(device), val, content["size"], device, args.batch_size, args.num_workers)
         return report(*found, val, args, {"eval": args.eval})
     torch.manual_seed(args.seed)
@@ -387,13 +435,16 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--size {args.size} is not a multiple of the patch size {P} of {args.ckpt}: try "
                          f"{max(1, args.size // P) * P}")
     if args.picture:
-        return picture(train_images, val, args).save(args.picture)
+        if distributed.is_main():
+            picture(train_images, args).save(args.picture)
+        return say(f"look at {args.picture}")
+    train_images = chosen(train_images, args.fraction, args.shots, args.seed)
     for i, block in enumerate(backbone.blocks):
         block.drop_path = DropPath(args.drop_path * i / max(backbone.depth - 1, 1))
     model = Classifier(backbone, len(val.classes), args.head, args.linear).to(device)
     groups = param_groups(model, args.weight_decay, 1.0 if args.linear else args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=device.type != "mps")
-    loader = train_loader(Labelled(train_images, args.size, args.augment, args.seed),
+    loader = train_loader(Views(train_images, CropAndAugment(args.size, args.augment), args.seed),
                           args.batch_size * args.accum, args.num_workers, device.type == "cuda")
     guard, state = Watch(args, train_images, device), {"step": 0, "best": -1.0, "top1": 0.0}
     last = checkpoint.open_run(args, HARMLESS)

@@ -2,6 +2,8 @@
 any number of ranks, exact resume, that it learns, and one clear line for each mistake."""
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from data import generator_of
 from finetune import Classifier, get_args, layer_of, param_groups
 from model import ViT
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 COLOURS = {"red": (200, 60, 60), "green": (60, 180, 80), "blue": (70, 90, 220)}
 
 
@@ -183,6 +185,54 @@ def test_few_images_of_each_class(world):
             images, seed=1, **kwargs).index
 
 
+def test_last_is_read_as_best_is(world, tmp_path, capsys):
+    """Heads of vit_micro are not what its width suggests: the file must say so."""
+    last = train(world, tmp_path)
+    assert finetune.load_backbone(str(tmp_path / "last.pth"))[0].config["num_heads"] == 4
+    finetune.main(get_args(["--eval", str(tmp_path / "last.pth"), "--num_workers", "0",
+                            "--data", str(world / "val")]))            # a folder of test images only
+    assert f"top-1 {last['top1']:.2f} % of 15 images" in capsys.readouterr().out
+
+
+def test_transforms_reach_spawned_workers(world, tmp_path):
+    loader = finetune.train_loader(
+        finetune.Views(finetune.open_images(str(world)), finetune.CropAndAugment(32, "rand"), 0), 4, 0)
+    assert pickle.loads(pickle.dumps(loader.dataset))[0, 1]["image"].shape == (3, 32, 32)
+
+
+def test_an_unreadable_image_counts_once_a_run(world, tmp_path):
+    """1 of 24 is below --max_bad 0.05 for any number of epochs and ranks; its replacement keeps its
+    own label."""
+    shutil.copytree(world, tmp_path / "w")
+    (tmp_path / "w/train/blue/7.png").write_text("hello")              # replaced by the first green one
+    guard = finetune.Watch(get_args(options(world, tmp_path)), finetune.open_images(str(tmp_path / "w")), CPU)
+    guard.bad = {7}
+    guard.epoch_end()
+    assert guard.bad == set()
+    views = finetune.Views(guard.images, finetune.CropAndAugment(32, "none"), 0)
+    assert views[0, 7]["read"] == 8 and views[0, 7]["bad"] == 7
+    port = f"--master_port={free_port()}"
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port,
+                        str(ROOT / "finetune.py"),
+                        *options(tmp_path / "w", tmp_path / "out", "--max_bad", "0.05", "--epochs", "6")],
+                       capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.stderr
+
+
+def test_images_without_label_are_left_out(world):
+    images = finetune.Part(finetune.open_images(str(world)), [0, 8, 16, 17])
+    images.labels[1] = -1
+    assert finetune.labelled(images, "x").labels == [0, 2, 2]
+
+
+def test_a_held_out_share_is_the_same_for_every_seed(world):
+    def split(seed):
+        return [x.index for x in finetune.open_split(get_args(
+            ["--ckpt", "x", "--data", str(world / "val"), "--val_split", "0.2", "--seed", str(seed)]))]
+    (train, val), again = split(0), split(1)
+    assert [train, val] == again and len(val) == 3 and sorted(train + val) == list(range(15))
+
+
 def test_mistakes_are_named(world, tmp_path):
     (tmp_path / "one/train/a").mkdir(parents=True)
     (tmp_path / "two/val/other").mkdir(parents=True)
@@ -193,8 +243,14 @@ def test_mistakes_are_named(world, tmp_path):
     (tmp_path / "two/val/red/x.png").write_bytes(photo)
     for wrong, said in ((["--data", str(tmp_path / "one")], "no classes"),
                         (["--data", str(tmp_path / "no")], "no such folder"),
+                        (["--shots", "9"], "class blue has only 8"), (["--shots", "0"], "1 or more"),
+                        (["--shots", "2", "--fraction", "0.5"], "one of them"),
+                        (["--val_split", "1.5"], "below 1"), (["--smoothing", "2"], "below 1"),
+                        (["--batch_size", "1"], "two images"), (["--mixup", "-1"], "0 or more"),
+                        (["--json", str(tmp_path / "no/x")], "no folder"),
+                        (["--predictions", str(tmp_path / "no/x")], "no folder"),
                         (["--val_data", str(tmp_path / "two/val")], "one of them has blue, green, other"),
-                        (["--size", "30"], "not a multiple of the patch size 8"),
+                        (["--size", "30"], "not a multiple of the patch size 8 .*try 24"),
                         (["--fraction", "2"], "at most 1"), (["--batch_size", "99"], "lower --batch_size"),
                         (["--eval", "x"], "give --ckpt")):
         with pytest.raises(ValueError, match=said):
