@@ -181,6 +181,14 @@ def open_images(data: str, split: str = "train", data_root: str = "data", downlo
     return Files(val) if val is not None and val.is_dir() else None
 
 
+def same_classes(a, b, what: str) -> None:
+    """Raises ValueError naming the classes that only one of two lists has."""
+    if list(a) != list(b):
+        odd = sorted(set(map(str, a)) ^ set(map(str, b)))[:5]
+        raise ValueError(f"{what} have {len(a)} and {len(b)} classes; only one of them has "
+                         f"{', '.join(odd) or 'them in this order'}")
+
+
 class Part:
     """Chosen images of a source."""
 

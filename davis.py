@@ -455,8 +455,4 @@ def check(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = get_parser().parse_args()
-    try:
-        check(arguments)
-        main(arguments)
-    except (ValueError, OSError) as e:
-        distributed.fail(str(e))
+    distributed.run(lambda: (check(arguments), main(arguments)), OSError)

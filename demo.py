@@ -410,7 +410,4 @@ def launch(blocks, host: str, port: int, wait: bool = True) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(get_parser().parse_args())
-    except (ValueError, OSError) as e:
-        distributed.fail(str(e))
+    distributed.run(lambda: main(get_parser().parse_args()), OSError)

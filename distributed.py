@@ -6,11 +6,13 @@ went wrong (NaN), 75 stopped by a signal after saving: start the same command ag
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
 
@@ -66,6 +68,21 @@ def fail(message: str, code: int = MISUSED, together: bool = False) -> None:
         dist.barrier()
     finish()
     raise SystemExit(code)
+
+
+def run(script: Callable[[], None], *also: type[Exception]) -> None:
+    """A script from its command line: a ValueError (or one of `also`) is the user's mistake, one line and
+    exit code 2."""
+    try:
+        script()
+    except (ValueError, *also) as e:
+        fail(str(e))
+    finish()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without DistributedDataParallel around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class StopSignal:

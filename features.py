@@ -46,6 +46,16 @@ def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
     return image[:, top:top + size, left:left + size]
 
 
+def crop_size(vit: ViT, size: int | None) -> int:
+    """Pixels of the crop's side: `size`, or 224 floored to whole patches.  Raises ValueError."""
+    P = vit.patch_size
+    size = size or 224 // P * P
+    if size % P:
+        raise ValueError(f"--size {size} is not a multiple of the patch size {P} of the network: try "
+                         f"{max(1, size // P) * P}")
+    return size
+
+
 @torch.no_grad()
 def extract_features(vit: ViT, images, size: int, device: torch.device, batch_size: int = 128,
                      workers: int = 0, blocks: Sequence[int] = (-1,), cache: str | None = None):

@@ -37,11 +37,21 @@ import distributed
 import figure
 from augment import AUGMENTS, mix, soft_targets
 from checkpoint import load_backbone
-from data import Part, Views, generator_of, init_worker, normalize, open_images, seed_of, train_loader
-from distributed import say
-from features import CentreCrop, centre_crop
+from data import (
+    Part,
+    Views,
+    generator_of,
+    init_worker,
+    normalize,
+    open_images,
+    same_classes,
+    seed_of,
+    train_loader,
+)
+from distributed import say, unwrap
+from features import CentreCrop, centre_crop, crop_size
 from masking import random_resized_crop
-from model import DropPath, ViT
+from model import DropPath, ViT, cosine_schedule
 from monitor import Guard
 
 RECIPES = {"in1k": dict(epochs=100, augment="rand"), "transfer": dict(epochs=200, augment="three")}
@@ -92,13 +102,6 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
              "scale": layer_decay ** (depth + 1 - layer)} for (layer, free), params in sorted(groups.items())]
 
 
-def learning_rate(step: int, steps: int, warmup: int, lr: float, min_lr: float) -> float:
-    """Linear warm-up to lr, then half a cosine to min_lr at the last step."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup - 1, 1))) / 2
-
-
 # ------------------------------------------------- data
 class CropAndAugment:
     """A random crop, mirrored or not, then the recipe's augmentation.  A class, not a closure: where loader
@@ -135,14 +138,6 @@ def labelled(images, where: str):
                          "or DIR/train/CLASS/*")
     known = [i for i, y in enumerate(images.labels) if y >= 0]
     return images if len(known) == len(images) else Part(images, known)
-
-
-def same_classes(a, b, what: str) -> None:
-    """Raises ValueError naming the classes that only one of two lists has."""
-    if list(a) != list(b):
-        odd = sorted(set(map(str, a)) ^ set(map(str, b)))[:5]
-        raise ValueError(f"{what} have {len(a)} and {len(b)} classes; only one of them has "
-                         f"{', '.join(odd) or 'them in this order'}")
 
 
 def open_split(args) -> tuple:
@@ -199,19 +194,17 @@ class Watch(Guard):
     def watch_collapse(self, values, step) -> None:
         """A classifier has no such floor."""
 
-    def epoch_end(self) -> None:
-        """The count of unreadable images; it starts anew, or ranks would count each other's again."""
-        if self.bad:
-            say(f"\n{len(self.bad)} unreadable images replaced, see {self.out / 'bad_images.txt'}")
-        self.bad = set()
 
-
-def train(model, optimizer, loader, val, args, device, state: dict, guard: Watch) -> dict:
-    """The loop.  state: "step", "best", "top1"; returned as it is at the end."""
+def train(model, optimizer, loader, val, args, device, state: dict,
+          guard: Watch) -> tuple[Tensor, Tensor] | None:
+    """The loop.  state: "step", "best", "top1", kept up to date.  Returns what `predict` said after the last
+    step; None if there was no step left to do."""
     per_epoch, bare = loader.sampler.steps, unwrap(model)
     steps, step, stop = args.epochs * per_epoch, state["step"], distributed.StopSignal()
+    lr = cosine_schedule(global_lr(args), args.min_lr, steps, args.warmup_epochs * per_epoch)
     labels, classes = torch.tensor(loader.dataset.images.labels), bare.head.out_features
-    bar = tqdm(total=steps, initial=step, disable=not distributed.is_main(), unit="step", mininterval=1)
+    bar, found = tqdm(total=steps, initial=step, disable=not distributed.is_main(), unit="step",
+                      mininterval=1), None
     while step < steps:
         loader.sampler.set_epoch(step // per_epoch, step % per_epoch)
         for batch in loader:
@@ -230,23 +223,22 @@ def train(model, optimizer, loader, val, args, device, state: dict, guard: Watch
                 loss.backward()
                 total += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            lr = learning_rate(step, steps, args.warmup_epochs * per_epoch, global_lr(args), args.min_lr)
             log = {"loss": total, "grad_norm": norm}
-            guard.check(batch, log, lr, step, stop)
+            guard.check(batch, log, lr[step], step, stop)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
+                group["lr"] = lr[step] * group["scale"]
             optimizer.step()
 
             step += 1
             state["step"] = step
-            guard.log(log, step, per_epoch, {"lr": lr}, bar)
+            guard.log(log, step, per_epoch, {"lr": lr[step - 1]}, bar)
             epoch, ended = step // per_epoch, step % per_epoch == 0
             if ended:
-                guard.epoch_end()
+                guard.epoch_end(epoch)
             if ended and (epoch % args.eval_every == 0 or step == steps):
                 began = time.time()
-                guess, _ = predict(bare, val, args.size, device, args.batch_size, args.num_workers)
-                state["top1"] = top1(guess, val.labels)
+                found = predict(bare, val, args.size, device, args.batch_size, args.num_workers)
+                state["top1"] = top1(found[0], val.labels)
                 guard.write({"epoch": epoch, "top1": state["top1"]})
                 say(f"\nepoch {epoch}: top-1 {state['top1']:.2f} %")
                 if state["top1"] > state["best"]:
@@ -263,11 +255,7 @@ def train(model, optimizer, loader, val, args, device, state: dict, guard: Watch
                 distributed.fail(f"stopped by a signal after step {step}, saved; start the same command "
                                  "again to go on", distributed.STOPPED, together=True)
     bar.close()
-    return state
-
-
-def unwrap(model: nn.Module) -> Classifier:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return found
 
 
 def global_lr(args) -> float:
@@ -429,11 +417,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     backbone, said = load_backbone(args.ckpt, args.checkpoint_key)
     say(said)
-    P = backbone.patch_size
-    args.size = args.size or 224 // P * P
-    if args.size % P:
-        raise ValueError(f"--size {args.size} is not a multiple of the patch size {P} of {args.ckpt}: try "
-                         f"{max(1, args.size // P) * P}")
+    args.size = crop_size(backbone, args.size)
     if args.picture:
         if distributed.is_main():
             picture(train_images, args).save(args.picture)
@@ -462,8 +446,8 @@ def main(args: argparse.Namespace) -> None:
     model.train()
     if distributed.world_size() > 1:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    state = train(model, optimizer, loader, val, args, device, state, guard)
-    found = predict(unwrap(model), val, args.size, device, args.batch_size, args.num_workers)
+    found = (train(model, optimizer, loader, val, args, device, state, guard) or
+             predict(unwrap(model), val, args.size, device, args.batch_size, args.num_workers))
     report(*found, val, args, {
         "ckpt": args.ckpt, "best": round(state["best"], 3), "recipe": args.recipe, "linear": args.linear,
         "head": args.head, "epochs": args.epochs, "size": args.size, "fraction": args.fraction,
@@ -471,8 +455,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except ValueError as e:
-        distributed.fail(str(e))
-    distributed.finish()
+    distributed.run(lambda: main(get_args()))

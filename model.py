@@ -319,3 +319,11 @@ def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
     source = dict(student.named_parameters())
     names, params = zip(*teacher.named_parameters(), strict=True)
     torch._foreach_lerp_(list(params), [source[n] for n in names], 1.0 - momentum)
+
+
+def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
+    """Value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
+    The first value is not 0, and a warm-up longer than the run is only its beginning."""
+    ramp = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
+    n = steps - len(ramp)
+    return ramp + [final + (base - final) * (1 + math.cos(math.pi * i / max(n - 1, 1))) / 2 for i in range(n)]

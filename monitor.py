@@ -96,6 +96,13 @@ class Guard:
             with open(path, "a") as f:
                 f.writelines(name + "\n" for name in sorted(new - known))
 
+    def epoch_end(self, epoch: int) -> None:
+        """The count of unreadable images; it starts anew, or ranks would count each other's again."""
+        if self.bad:
+            say(f"\nepoch {epoch}: {len(self.bad)} unreadable images replaced, "
+                f"see {self.out / 'bad_images.txt'}")
+        self.bad = set()
+
     def time_to_save(self, step: int) -> bool:
         due = (step % self.save_steps == 0 if self.save_steps else
                time.time() - self.saved >= self.save_seconds)
@@ -162,11 +169,8 @@ class Monitor(Guard):
                              "differ: k-NN cannot compare them")
 
     def epoch_end(self, epoch: int, backbone) -> None:
-        """k-NN every --knn_every epochs; the count of unreadable images."""
-        if self.bad:
-            say(f"\nepoch {epoch}: {len(self.bad)} unreadable images replaced, "
-                f"see {self.out / 'bad_images.txt'}")
-        self.bad = set()
+        """The count of unreadable images; k-NN every --knn_every epochs."""
+        super().epoch_end(epoch)
         if self.args.knn_every and epoch % self.args.knn_every == 0 and epoch < self.args.epochs:
             self.evaluate(epoch, backbone)
 

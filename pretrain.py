@@ -26,10 +26,10 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 from data import Views, open_images, seed_of, train_loader
-from distributed import say
+from distributed import say, unwrap
 from losses import global_contrast, mean_cosines, patch_contrast, reconstruction
 from masking import GMML, Augmentation, MultiCrop, colour, gmml, mask_to_patches
-from model import ALIASES, MMC, ema_update, momentum_teacher, patchify, vit
+from model import ALIASES, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
 from monitor import Monitor
 
 PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
@@ -40,14 +40,6 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            momentum_teacher=0.8, num_workers=0)
 HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
             "device", "data_root", "download", "val_data", "force"}
-
-
-def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
-    """Value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
-    The first value is not 0, and a warm-up longer than the run is only its beginning."""
-    ramp = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
-    n = steps - len(ramp)
-    return ramp + [final + (base - final) * (1 + math.cos(math.pi * i / max(n - 1, 1))) / 2 for i in range(n)]
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -156,10 +148,6 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
                                  "again to go on", distributed.STOPPED)
         monitor.epoch_end(epoch + 1, teacher.backbone)
     bar.close()
-
-
-def unwrap(model: nn.Module) -> MMC:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def global_lr(args) -> float:
@@ -374,8 +362,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args())
-    except ValueError as e:
-        distributed.fail(str(e))
-    distributed.finish()
+    distributed.run(lambda: main(get_args()))

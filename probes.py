@@ -35,8 +35,8 @@ import retrieval
 import zeroshot
 from checkpoint import load_backbone
 from coco import Coco, ToyScenes, Voc
-from data import BadImage, denormalize, generator_of, normalize, open_images
-from features import centre_crop, extract_features
+from data import BadImage, denormalize, generator_of, normalize, open_images, same_classes
+from features import centre_crop, crop_size, extract_features
 from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
 
@@ -59,10 +59,8 @@ def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int] =
     classes, n, out = int(labels.max()) + 1, len(train), []
     buffer = test.new_full((chunk, -(-n // GROUP) * GROUP), -torch.inf)
     for q in test.split(chunk):
-        sims = torch.mm(q, train.T, out=buffer[:len(q), :n]) if n == buffer.shape[1] else buffer[:len(q)]
-        if n < buffer.shape[1]:
-            sims[:, :n] = q @ train.T
-        sims, index = top(sims, min(max(ks), n))                                          # (b, k), best first
+        torch.mm(q, train.T, out=buffer[:len(q), :n])
+        sims, index = top(buffer[:len(q)], min(max(ks), n))                               # (b, k), best first
         votes = torch.zeros(len(ks), len(q), classes, device=q.device)
         for v, k in zip(votes, ks, strict=True):
             v.scatter_add_(1, labels[index[:, :k]], (sims[:, :k] / temp).exp())
@@ -247,11 +245,7 @@ def begin(args) -> tuple[torch.device, ViT, int]:
     device = distributed.init(args.device)
     vit, report = load_backbone(args.ckpt, args.checkpoint_key)
     print(report)
-    size = args.size or (224 // vit.patch_size) * vit.patch_size
-    if size % vit.patch_size:
-        raise ValueError(f"--size {size} is not a multiple of the patch size {vit.patch_size}: try "
-                         f"{max(1, size // vit.patch_size) * vit.patch_size}")
-    return device, vit.to(device), size
+    return device, vit.to(device), crop_size(vit, args.size)
 
 
 def note(args, probe: str, **values) -> None:
@@ -269,10 +263,7 @@ def open_pair(args):
     if val is None or train.labels is None or val.labels is None:
         raise ValueError(f"--data {args.data}: k-NN needs class folders and a val split: "
                          "DIR/train/CLASS/*, DIR/val/CLASS/*, or give --val_data")
-    if list(train.classes) != list(val.classes):
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"train has {len(train.classes)} classes, val {len(val.classes)}; only one of them "
-                         f"has {', '.join(map(str, odd[:5]))}")
+    same_classes(train.classes, val.classes, "train and val")
     return train, val
 
 
@@ -337,8 +328,4 @@ def get_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = get_parser().parse_args()
-    try:
-        arguments.main(arguments)
-    except ValueError as e:
-        distributed.fail(str(e))
-    distributed.finish()
+    distributed.run(lambda: arguments.main(arguments))

@@ -172,6 +172,11 @@ def random_thing(rng, kind, x, y, radius):
                  sign * TEXTURE_CONTRAST)
 
 
+def waves(k, turn, phase, x, y):
+    """Sum of plane waves of wave numbers k, directions turn and phases (n,), at x (1, w), y (h, 1)."""
+    return sum(np.cos(k[i] * (np.cos(turn[i]) * x + np.sin(turn[i]) * y) + phase[i]) for i in range(len(k)))
+
+
 def random_lights(rng):
     """Soft coloured lights over objects and background: a function of x (1, w), y (h, 1)."""
     turn, phase = rng.uniform(0, 2 * np.pi, (2, 3, 6))
@@ -179,8 +184,7 @@ def random_lights(rng):
     strength = np.array([LIGHT, CHROMA, CHROMA]) / math.sqrt(3)      # six cosines have variance 3
 
     def lights(x, y):
-        field = [s * sum(np.cos(k[c, i] * (np.cos(turn[c, i]) * x + np.sin(turn[c, i]) * y) + phase[c, i])
-                         for i in range(6)) for c, s in enumerate(strength)]
+        field = [s * waves(k[c], turn[c], phase[c], x, y) for c, s in enumerate(strength)]
         return field[0][..., None] + np.stack(field[1:], -1) @ TO_RGB
 
     return lights
@@ -192,8 +196,7 @@ def random_backdrop(rng):
     k = 2 * np.pi / rng.uniform(*WAVES, 2)
 
     def pattern(x, y):
-        return BACKDROP * sum(np.cos(k[i] * (np.cos(turn[i]) * x + np.sin(turn[i]) * y) + phase[i])
-                              for i in range(2)).astype(np.float32)
+        return BACKDROP * waves(k, turn, phase, x, y).astype(np.float32)
 
     return pattern
 

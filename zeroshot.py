@@ -638,7 +638,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(get_parser().parse_args())
-    except (ValueError, OSError) as e:
-        distributed.fail(str(e))
+    distributed.run(lambda: main(get_parser().parse_args()), OSError)

@@ -207,7 +207,7 @@ def test_an_unreadable_image_counts_once_a_run(world, tmp_path):
     (tmp_path / "w/train/blue/7.png").write_text("hello")              # replaced by the first green one
     guard = finetune.Watch(get_args(options(world, tmp_path)), finetune.open_images(str(tmp_path / "w")), CPU)
     guard.bad = {7}
-    guard.epoch_end()
+    guard.epoch_end(1)
     assert guard.bad == set()
     views = finetune.Views(guard.images, finetune.CropAndAugment(32, "none"), 0)
     assert views[0, 7]["read"] == 8 and views[0, 7]["bad"] == 7
