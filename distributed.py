@@ -63,7 +63,9 @@ def fail(message: str, code: int = MISUSED, together: bool = False) -> None:
     """End a script with one line on stderr and no traceback; by default on a user's mistake, exit code 2.
 
     together: every rank fails now; wait until all have said why, as torchrun kills the rest when one ends."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    # one write with its line end: print() makes two, and ranks then mix their lines
+    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
+    sys.stderr.flush()
     if together and dist.is_initialized():
         dist.barrier()
     finish()

@@ -18,8 +18,9 @@ SCRIPTS = {  # what follows --ckpt FILE
 }
 SCRIPTS = {k: v for k, v in SCRIPTS.items() if (ROOT / k.split()[0]).exists()}
 RUNNER = """
-import contextlib, io, runpy, sys
+import runpy, sys, types
 sys.path.insert(0, {root!r})
+sys.modules["gradio"] = types.ModuleType("gradio")   # demo.py asks for it first; it refuses before it uses it
 for line in {calls!r}:
     sys.argv = line
     try:
