@@ -29,7 +29,7 @@ from data import generator_of, read_image
 from losses import patch_contrast
 from masking import GMML, Augmentation, MultiCrop
 from model import MMC, ema_update, momentum_teacher, vit
-from pretrain import corrupted_views, mmc_losses, param_groups, tokens_to_read
+from pretrain import corrupted_views, mmc_losses, param_groups, tokens_to_read, view_by_view
 
 
 def interleaved(forms: dict, rounds: int, device=None) -> dict[str, list[float]]:
@@ -176,7 +176,7 @@ def bench_step(args, device) -> dict:
 
     def step():
         clean, corrupted, mask, local = part("augmentation", lambda: corrupted_views(batch, a, device))
-        rec, anchors, pat = tokens_to_read(mask, a)
+        rec, anchors, pat = tokens_to_read(view_by_view(batch["mask"]), a, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = part("student forward", lambda: student(corrupted, local, rec, pat))
             with torch.no_grad():

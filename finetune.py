@@ -233,6 +233,9 @@ def train(model, optimizer, loader, val, args, device, state: dict,
             state["step"] = step
             guard.log(log, step, per_epoch, {"lr": lr[step - 1]}, bar)
             epoch, ended = step // per_epoch, step % per_epoch == 0
+            saving = ended or guard.time_to_save(step) or guard.stopping
+            if saving:
+                guard.settle()                                         # nothing is saved unchecked
             if ended:
                 guard.epoch_end(epoch)
             if ended and (epoch % args.eval_every == 0 or step == steps):
@@ -246,7 +249,7 @@ def train(model, optimizer, loader, val, args, device, state: dict,
                     checkpoint.save(Path(args.output_dir) / "best.pth",
                                     described(args, bare, val.classes, state))
                 guard.evaluating += time.time() - began
-            if ended or guard.time_to_save(step) or guard.stopping:
+            if saving:
                 checkpoint.save(Path(args.output_dir) / "last.pth", {
                     **described(args, bare, val.classes, state), "optimizer": optimizer.state_dict(),
                     "options": vars(args) | {"world_size": distributed.world_size()}})

@@ -1,19 +1,20 @@
 """What is done to an image before the student sees it: crops, colours, and GMML corruption.
 
-Geometry runs in the loader's workers (`MultiCrop`: crop, resize, flip, on uint8), colour and corruption on
-the training device in one batch (`colour`, `gmml`).  All random numbers are drawn by `MultiCrop` from the
-generator of the image, so a batch is the same whatever the worker, the device or the number of ranks; only
-the pixels of N(0,1) noise are drawn on the device, from a seed that the image brings.  Everywhere: mask True
-= corrupted.
+Geometry runs in the loader's workers (`MultiCrop`: crop, resize, flip, on uint8, and which pixels to
+corrupt), colour and corruption on the training device in one batch (`colour`, `gmml`).  All random numbers
+are drawn by `MultiCrop` from the generator of the image, so a batch is the same whatever the worker, the
+device or the number of ranks; only the pixels of N(0,1) noise are drawn on the device, from a seed that the
+image brings.  Everywhere: mask True = corrupted.
 
 Departs from the lineage: GMML blocks may start outside the image and are clipped, so that they cover it
 evenly (theirs grow down and right only, and the first row is masked 3 % of the time, the last 66 %);
 `even=False` brings that back.
 
-Shapes: B images, V global views, L local crops, S pixels of a side, K blocks, P patch size, N patches."""
+Shapes: B images, V global views, L local crops, S pixels of a side, P patch size, N patches."""
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,7 +88,7 @@ class MultiCrop:
 
     Call: (image (3, H, W) uint8, generator) -> dict of tensors without the batch dimension:
       global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8;
-      colour (2+n, 11), blocks (2, K, 4), kind (2, 3)."""
+      colour (2+n, 11), mask (2, S, S) bool, True = to corrupt, kind (2, 2)."""
 
     def __init__(self, augmentation: Augmentation, corruption: GMML):
         self.a, self.c = augmentation, corruption
@@ -96,7 +97,7 @@ class MultiCrop:
         a, n = self.a, self.a.local_number
         views = [random_resized_crop(image, a.global_size, a.global_scale, a.flip, g) for _ in range(2)]
         local = [random_resized_crop(image, a.local_size, a.local_scale, a.flip, g) for _ in range(n)]
-        out = {"global": torch.stack(views), "colour": self.draw_colour(g)} | self.draw_blocks(g)
+        out = {"global": torch.stack(views), "colour": self.draw_colour(g)} | self.draw_masks(g)
         return out | ({"local": torch.stack(local)} if n else {})
 
     def draw_colour(self, g: torch.Generator) -> Tensor:
@@ -116,11 +117,10 @@ class MultiCrop:
         return torch.cat([factors, r[:, 8:].argsort(1), (torch.rand(2 + n, 1, generator=g) < a.grey),
                           sigma[:, None], solarize[:, None]], dim=1)
 
-    def draw_blocks(self, g: torch.Generator) -> dict[str, Tensor]:
-        """blocks (2, K, 4): top, left, bottom, right of rectangles in pixels, unclipped.
-        kind (2, 3) float64: the area to reach (share), where to look for the alien (0 ... 1, or -1 for
-        noise), the seed of the noise."""
-        c, cells = self.c, self.a.global_size // self.c.align
+    def draw_masks(self, g: torch.Generator) -> dict[str, Tensor]:
+        """mask (2, S, S) bool: pixels to corrupt in each view.
+        kind (2, 2) float64: where to look for the alien (0 ... 1, or -1 for noise), the seed of the noise."""
+        a, c, cells = self.a, self.c, self.a.global_size // self.c.align
         largest = max(1, int(c.block * cells))
         size = 1 + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * largest).long().clamp(max=largest - 1)
         low = 1 - size if c.even else torch.zeros_like(size)
@@ -130,8 +130,24 @@ class MultiCrop:
         area = torch.where(noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]),
                            c.drop_replace)
         seeds = torch.randint(2 ** 52, (2,), generator=g).double()
-        return {"blocks": (torch.cat([start, start + size], -1) * c.align).int(),
-                "kind": torch.stack([area, torch.where(noise, -1.0, r[:, 2]), seeds], dim=1)}
+        blocks = torch.cat([start, start + size], -1) * c.align
+        masks = [block_mask(blocks[v], area[v].item(), a.global_size) for v in (0, 1)]
+        return {"mask": torch.stack(masks),
+                "kind": torch.stack([torch.where(noise, -1.0, r[:, 2]), seeds], dim=1)}
+
+
+def block_mask(blocks: Tensor, area: float, size: int) -> Tensor:
+    """Union of rectangles, added in order until the area is reached; overlaps and overshoot allowed.
+
+    blocks: (K, 4) top, left, bottom, right in pixels, may reach outside.  area: share of the image, 0 ... 1.
+    Returns (S, S) bool.  Painted from the last to the first, each pixel keeps the number of the first block
+    that covers it; the mask is all pixels whose number is below the one that reaches the area."""
+    first = np.full((size, size), len(blocks), np.int16)
+    for i, (top, left, bottom, right) in reversed(list(enumerate(blocks.clamp(min=0).tolist()))):
+        first[top:bottom, left:right] = i
+    covered = np.bincount(first.ravel() + 1, minlength=len(blocks) + 2)[:-1].cumsum()    # by 0 ... K blocks
+    n = min(np.searchsorted(covered, area * size ** 2), len(blocks))
+    return torch.from_numpy(first < n)
 
 
 # ---- colour, on the device ----
@@ -220,46 +236,22 @@ def colour(x: Tensor, draw: Tensor) -> Tensor:
 
 
 # ---- GMML corruption, on the device ----
-
-def block_mask(blocks: Tensor, area: Tensor, size: int) -> Tensor:
-    """Union of rectangles, added in order until the area is reached; overlaps and overshoot allowed.
-
-    blocks: (B, K, 4) top, left, bottom, right in pixels.  area: (B,) share to reach.  Returns (B, S, S) bool.
-    The area grows with the number of blocks, so that number is found by bisection, for all images at once."""
-    line = torch.arange(size, device=blocks.device)
-    rows = ((line >= blocks[:, :, :1]) & (line < blocks[:, :, 2:3])).float()                  # (B, K, S)
-    cols = ((line >= blocks[:, :, 1:2]) & (line < blocks[:, :, 3:])).float()
-    order = torch.arange(blocks.shape[1], device=blocks.device)
-
-    def union(n):                                                                         # the first n blocks
-        return (rows * (order < n[:, None])[:, :, None]).transpose(1, 2) @ cols > 0           # (B, S, S)
-    low = torch.zeros(len(blocks), dtype=torch.long, device=blocks.device)                    # too few
-    high = torch.full_like(low, blocks.shape[1])                                              # enough
-    for _ in range(blocks.shape[1].bit_length()):
-        middle = (low + high) // 2
-        enough = union(middle).float().mean((1, 2)) >= area
-        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    return union(high)
-
-
 @torch.no_grad()
-def gmml(x: Tensor, blocks: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-    """Corrupt one view of a batch (METHOD, "GMML corruption").
+def gmml(x: Tensor, mask: Tensor, kind: Tensor) -> Tensor:
+    """Overwrite the masked pixels of one view of a batch (METHOD, "GMML corruption").
 
-    x: (B, 3, S, S) normalised.  blocks (B, K, 4), kind (B, 3): of `MultiCrop.draw_blocks`; kind stays on
-    the CPU.  Returns (corrupted x, mask (B, S, S), True = corrupted).  Raises ValueError for a batch of
-    one: no alien exists."""
-    B, _, S, _ = x.shape
+    x: (B, 3, S, S) normalised.  mask (B, S, S), on x's device, kind (B, 2), which stays on the CPU: of
+    `MultiCrop.draw_masks`.  Raises ValueError for a batch of one: no alien exists."""
+    B = len(x)
     if B < 2:
         raise ValueError("GMML needs another image to take pixels from: a batch of 2 or more per rank")
-    area, where, seeds = kind.unbind(1)
-    mask = block_mask(blocks.to(x.device, non_blocking=True), area.float().to(x.device), S)
+    where, seeds = kind.unbind(1)
     step = 1 + (where.clamp(min=0) * (B - 1)).long()                                          # 1 ... B-1
     fill = x[((torch.arange(B) + step) % B).to(x.device)]
     g = torch.Generator(x.device)
     for i in (where < 0).nonzero().flatten().tolist():
         fill[i].normal_(generator=g.manual_seed(int(seeds[i])))
-    return torch.where(mask[:, None], fill, x), mask
+    return torch.where(mask[:, None], fill, x)
 
 
 def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:

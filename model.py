@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # name: (width D, blocks, heads); change this line to add an architecture
 ARCHS = {"vit_micro": (128, 4, 4), "vit_t": (192, 12, 3), "vit_s": (384, 12, 6), "vit_b": (768, 12, 12)}
@@ -53,18 +54,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def heads(self, x: Tensor):
-        B, T, D = x.shape
-        return (self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
-                .permute(2, 0, 3, 1, 4).unbind(0))
+    def heads(self, x: Tensor, first: int | None):
+        """q of the `first` tokens (None: of all), k and v of all: 3 x (B, heads, T, D/heads)."""
+        D, W, b = x.shape[-1], self.qkv.weight, self.qkv.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)                                        # 3 x (B, heads, T, D/heads)
+        def split(y: Tensor):
+            return y.unflatten(2, (-1, self.num_heads, D // self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        if first is None:
+            return split(self.qkv(x))
+        return (*split(F.linear(x[:, :first], W[:D], b[:D])), *split(F.linear(x, W[D:], b[D:])))
+
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        q, k, v = self.heads(x, first)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def cls_map(self, x: Tensor) -> Tensor:
-        q, k, _ = self.heads(x)
-        return (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]  # (B, heads, T)
+        q, k, _ = self.heads(x, 1)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]            # (B, heads, T)
 
 
 class Mlp(nn.Module):
@@ -78,7 +84,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.  Asked for the `first` tokens only, it spends most of its work on these."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float,
                  init_values: float | None):
@@ -91,8 +97,8 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        x = x[:, :first] + self.drop_path(self.ls1(self.attn(self.norm1(x), first)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -149,6 +155,7 @@ class ViT(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.checkpointing = False             # True: activations of a block are computed again in backward
         self.init_weights(fixed_pos)
 
     def init_weights(self, fixed_pos: bool) -> None:
@@ -180,12 +187,15 @@ class ViT(nn.Module):
         patches = self.patch_embed(x) + pos[:, 1:]
         return torch.cat([p.to(patches.dtype) for p in prefix] + [patches], dim=1)                 # (B, T, D)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pixels -> (B, T, D) all tokens after the final norm.  Raises ValueError
-        where the image does not divide into patches."""
+    def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
+        """(B, 3, H, W) normalised pixels -> (B, T, D) all tokens after the final norm; (B, 1, D) where only
+        CLS is read, which spares most of the last block.  Raises ValueError where the image does not divide
+        into patches."""
         x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks, start=1):
+            first = 1 if cls_only and i == self.depth else None
+            x = (checkpoint(block, x, first, use_reentrant=False)
+                 if self.checkpointing and torch.is_grad_enabled() else block(x, first))
         return self.norm(x)
 
     def intermediate(self, x: Tensor, blocks: list[int], norm: bool = False) -> list[Tensor]:
@@ -287,10 +297,10 @@ class MMC(nn.Module):
         (None: on all).
 
         Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, keys of existing heads only."""
-        tokens = self.backbone(images)                                  # (V*B, T, D)
+        tokens = self.backbone(images, cls_only=self.h_rec is None and self.h_pat is None)     # (V*B, T, D)
         cls, patches = tokens[:, 0], tokens[:, self.backbone.num_prefix_tokens:].flatten(0, 1)    # (V*B*N, D)
         if local is not None and self.h_cls is not None:
-            cls = torch.cat([cls, self.backbone(local)[:, 0]])
+            cls = torch.cat([cls, self.backbone(local, cls_only=True)[:, 0]])
         def chosen(index): return patches if index is None else patches[index]
         out = {}
         if self.h_rec is not None:

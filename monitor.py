@@ -56,6 +56,7 @@ class Guard:
         self.started = self.saved = time.time()
         self.seen, self.evaluating = 0, 0.0                            # images; seconds of evaluations
         self.warned, self.before = False, None
+        self.late, self.unread = device.type == "cuda", []             # flags that are still on their way
 
     def elapsed(self) -> float:
         """Seconds of training, those before an interruption included."""
@@ -66,16 +67,37 @@ class Guard:
 
     def check(self, batch: dict, log: dict[str, Tensor], lr: float, step: int,
               stop: distributed.StopSignal) -> None:
-        """Once a step, before the weights change, agreed by all ranks: is the step finite, was a stop asked
-        for, are too many images unreadable?  Ends every rank with code 3 on NaN or inf, 2 on the ceiling."""
+        """Once a step, agreed by all ranks: is the step finite, was a stop asked for, are too many images
+        unreadable?  Ends every rank with code 3 on NaN or inf, 2 on the ceiling.
+
+        On CUDA the answer is read one step later, so that the CPU runs ahead of the device; `settle` before
+        a save keeps what follows a bad step out of it.  Elsewhere it is read before the weights change."""
         finite = torch.stack([log["loss"], log["grad_norm"]]).isfinite().all()
         self.note_bad([i for i in batch["bad"].tolist() if i >= 0])
-        flags = torch.tensor([float(stop.asked), 0.0, float(len(self.bad))], device=self.device)
+        flags = torch.tensor([float(stop.asked), 0.0, float(len(self.bad))]).to(self.device)
         flags[1] = ~finite
-        asked, broken, bad = distributed.all_sum(flags).tolist()
+        flags = distributed.all_sum(flags).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        if arrived:
+            arrived.record()
+        self.settle()
+        self.unread.append((flags, arrived, finite, batch["index"], log, lr, step))
+        if not self.late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what `check` left on its way, and act on it."""
+        while self.unread:
+            self.act(*self.unread.pop())
+
+    def act(self, flags: Tensor, arrived, finite: Tensor, index: Tensor, log: dict[str, Tensor], lr: float,
+            step: int) -> None:
+        if arrived:
+            arrived.synchronize()
+        asked, broken, bad = flags.tolist()
         if broken:
             values = ", ".join(f"{k} {v.item():.4g}" for k, v in log.items())
-            files = ", ".join(self.images.name(i) for i in batch["index"].tolist())
+            files = ", ".join(self.images.name(i) for i in index.tolist())
             said = (f"another rank was not finite at step {step}" if finite else
                     f"not finite at step {step}, lr {lr:.3g}: {values}; files: {files}")
             distributed.fail(f"rank {distributed.rank()}: {said}; nothing of this step was kept, last.pth is "
@@ -253,8 +275,10 @@ class Monitor(Guard):
         x = normalize(images.to(self.device))
         crop = MultiCrop(Augmentation(self.size, local_number=0),
                          GMML(0.0, block=0.3, align=self.args.drop_align))
-        draws = [crop.draw_blocks(torch.Generator().manual_seed(i)) for i in range(n)]
-        corrupted, mask = gmml(x, *(torch.stack([d[k][0] for d in draws]) for k in ("blocks", "kind")))
+        draws = [crop.draw_masks(torch.Generator().manual_seed(i)) for i in range(n)]
+        mask, kind = (torch.stack([d[k][0] for d in draws]) for k in ("mask", "kind"))
+        mask = mask.to(self.device)
+        corrupted = gmml(x, mask, kind)
         student.eval(), backbone.eval()
         z = zeroshot.patch_features(backbone, x)                       # (n, N, D)
 

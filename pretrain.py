@@ -39,7 +39,7 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            head_out_dim=128, drop_path=0.0, batch_size=64, epochs=8, warmup_epochs=1, lr=4e-3,
            momentum_teacher=0.8, num_workers=0)
 HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
-            "device", "data_root", "download", "val_data", "force"}
+            "device", "data_root", "download", "val_data", "compile", "checkpointing", "force"}
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -59,21 +59,25 @@ def corrupted_views(batch: dict, args, device) -> tuple[Tensor, Tensor, Tensor, 
     None.  Each view is corrupted by itself, so that alien pixels never come from the same image."""
     draw = batch["colour"]
     clean = colour(view_by_view(batch["global"].to(device, non_blocking=True)), view_by_view(draw[:, :2]))
-    views = [gmml(x, batch["blocks"][:, v], batch["kind"][:, v]) for v, x in enumerate(clean.chunk(2))]
+    mask = batch["mask"].to(device, non_blocking=True)
+    views = [gmml(x, mask[:, v], batch["kind"][:, v]) for v, x in enumerate(clean.chunk(2))]
     local = None
     if args.local_crops_number and args.w_cls:
         local = colour(view_by_view(batch["local"].to(device, non_blocking=True)), view_by_view(draw[:, 2:]))
-    return clean, torch.cat([x for x, _ in views]), torch.cat([m for _, m in views]), local
+    return clean, torch.cat(views), view_by_view(mask), local
 
 
-def tokens_to_read(mask: Tensor, args) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+def tokens_to_read(mask: Tensor, args, device) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
     """Which of the V*B*N patches the heads run on: those with a corrupted pixel for Eq. (1); the anchors of
-    Eq. (2) per view, numbered within the view, and joined (None: all patches)."""
-    rec = mask_to_patches(mask, args.patch_size, 0).flatten().nonzero()[:, 0]
+    Eq. (2) per view, numbered within the view, and joined (None: all patches).  mask: (V*B, S, S) on the
+    CPU, or the device would have to wait for the numbers."""
+    def indices(chosen: Tensor) -> Tensor:
+        return chosen.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    rec = indices(mask_to_patches(mask, args.patch_size, 0))
     if args.patch_tokens == "all":
         return rec, [None, None], None
     masked = mask_to_patches(mask, args.patch_size)                                           # (V*B, N)
-    anchors = [m.flatten().nonzero()[:, 0] for m in masked.chunk(2)]
+    anchors = [indices(m) for m in masked.chunk(2)]
     return rec, anchors, torch.cat([anchors[0], masked.numel() // 2 + anchors[1]])
 
 
@@ -118,19 +122,22 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
         loader.sampler.set_epoch(epoch, step % per_epoch)
         for batch in loader:
             torch.manual_seed(seed_of(args.seed, "drop_path", step, distributed.rank()))
-            clean, corrupted, mask, local = corrupted_views(batch, args, device)
-            rec, anchors, pat = tokens_to_read(mask, args)
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and device.type == "cuda"):
-                out = student(corrupted, local, rec, pat)
-                with torch.no_grad():
-                    target = teacher(clean) if args.w_pat or args.w_cls else {}
-            loss, log = mmc_losses(out, target, clean, mask, rec, anchors, args)
-
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            log = {}
+            for i in range(0, len(batch["index"]), args.batch_size):   # --accum batches, each as if alone
+                part = {k: v[i:i + args.batch_size] for k, v in batch.items()}
+                clean, corrupted, mask, local = corrupted_views(part, args, device)
+                rec, anchors, pat = tokens_to_read(view_by_view(part["mask"]), args, device)
+
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and device.type == "cuda"):
+                    out = student(corrupted, local, rec, pat)
+                    with torch.no_grad():
+                        target = teacher(clean) if args.w_pat or args.w_cls else {}
+                loss, parts = mmc_losses(out, target, clean, mask, rec, anchors, args)
+                (loss / args.accum).backward()
+                log = {k: log.get(k, 0) + v / args.accum for k, v in parts.items()}
             log["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad or math.inf)
-            monitor.check(batch, log, lr[step], step, stop)    # ends all ranks on NaN, first of all
+            monitor.check(batch, log, lr[step], step, stop)            # ends all ranks on NaN
 
             for group in optimizer.param_groups:
                 group["lr"] = lr[step]
@@ -141,6 +148,7 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
             rates = {"lr": lr[step - 1], "momentum": momentum[step - 1]}
             monitor.log(log, step, per_epoch, rates, bar)
             if monitor.time_to_save(step) or monitor.stopping or step % per_epoch == 0:
+                monitor.settle()                                       # nothing is saved unchecked
                 save(args, bare, teacher, optimizer, step, per_epoch)
             if monitor.stopping:
                 bar.close()
@@ -151,7 +159,7 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
 
 
 def global_lr(args) -> float:
-    return args.lr * args.batch_size * distributed.world_size() / 256
+    return args.lr * args.batch_size * args.accum * distributed.world_size() / 256
 
 
 def save(args, student: MMC, teacher: MMC, optimizer, step: int, per_epoch: int) -> None:
@@ -208,7 +216,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--temp", type=float, default=0.2, help="temperature of both contrasts (paper 0.2)")
     a("--patch_tokens", default="all", choices=["all", "masked"],
       help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper "
-           "(toy)")
+           "here")
     a("--patch_negatives", default="others", choices=["others", "position"],
       help="[D] negatives of Eq. (2): all patches of the other images of this rank (paper), or those at the "
            "same position only")
@@ -263,9 +271,16 @@ def get_parser() -> argparse.ArgumentParser:
     a("--min_lr", type=float, default=1e-06, help="learning rate at the last step (lineage 1e-6)")
     a("--weight_decay", type=float, default=0.04,
       help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")
+    a("--accum", type=int, default=1,
+      help="batches per step, one after another: multiplies the global batch and the learning rate, not the "
+           "negatives, which are those of one batch, as are the statistics of BatchNorm")
     a("--clip_grad", type=float, default=3.0, help="largest gradient norm, 0 for none (lineage 3.0)")
     a("--bf16", default=True, action=argparse.BooleanOptionalAction,
       help="bfloat16 in the networks on CUDA; losses and parameters stay float32")
+    a("--compile", action="store_true",
+      help="torch.compile the ViTs: for CUDA; on CPU it does not pay")
+    a("--checkpointing", action="store_true",
+      help="compute the activations of a block again in backward: less memory, more time, same result")
     a("--seed", type=int, default=0, help="of weights, order, crops and masks")
     a("--device", default="auto", help="auto, cuda, mps or cpu")
 
@@ -309,8 +324,8 @@ def get_args(argv=None) -> argparse.Namespace:
                          f"{args.global_crops_size}")
     if not (args.w_rec or args.w_pat or args.w_cls) or min(args.w_rec, args.w_pat, args.w_cls) < 0:
         raise ValueError("--w_rec, --w_pat, --w_cls: expected no negative weight and at least one above 0")
-    if args.epochs < 1:
-        raise ValueError(f"--epochs {args.epochs}: expected 1 or more")
+    if min(args.epochs, args.accum) < 1:
+        raise ValueError(f"--epochs {args.epochs}, --accum {args.accum}: expected 1 or more")
     return args
 
 
@@ -329,8 +344,8 @@ def main(args: argparse.Namespace) -> None:
         args.solarize)
     corruption = GMML(args.noise_p, args.drop_perc, args.drop_replace, args.drop_block, args.drop_align,
                       args.even_blocks)
-    loader = train_loader(Views(images, MultiCrop(augmentation, corruption), args.seed), args.batch_size,
-                          args.num_workers, device.type == "cuda")
+    loader = train_loader(Views(images, MultiCrop(augmentation, corruption), args.seed),
+                          args.batch_size * args.accum, args.num_workers, device.type == "cuda")
     torch.manual_seed(args.seed)
     backbone = vit(args.arch, args.global_crops_size, args.patch_size, drop_path=args.drop_path)
     student = MMC(backbone, args.w_rec > 0, args.w_pat > 0, args.w_cls > 0, args.head_hidden_dim,
@@ -339,6 +354,10 @@ def main(args: argparse.Namespace) -> None:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device)
     teacher = momentum_teacher(student)
+    student.backbone.checkpointing = args.checkpointing
+    if args.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
     optimizer = torch.optim.AdamW(param_groups(student, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),
                                   fused=device.type != "mps")
 
@@ -351,9 +370,10 @@ def main(args: argparse.Namespace) -> None:
         say(f"going on from {args.output_dir}/last.pth, step {last['step']}")
     else:
         monitor.untrained(teacher.backbone)
+    accum = f" x {args.accum}" if args.accum > 1 else ""
     say(f"{len(images)} images, {args.arch}/{args.patch_size} at {args.global_crops_size} px, {args.epochs} "
-        f"epochs of {loader.sampler.steps} steps; {distributed.world_size()} x {args.batch_size} images on "
-        f"{device.type}, so lr {global_lr(args):.2e}; [D] anchors {args.patch_tokens}, negatives "
+        f"epochs of {loader.sampler.steps} steps; {distributed.world_size()} x {args.batch_size}{accum} "
+        f"images on {device.type}, so lr {global_lr(args):.2e}; [D] anchors {args.patch_tokens}, negatives "
         f"{args.patch_negatives} on this rank, head norm {args.head_norm}, drop_align {args.drop_align}")
     if distributed.world_size() > 1:
         student = DistributedDataParallel(student, [device] if device.type == "cuda" else None)

@@ -123,9 +123,9 @@ def variance_of(encode, images, size: int, n: int, views: int, device, seed: int
         cls = torch.cat([encode(normalize(x.to(device)))[0].float() for x in crops.split(batch)])
         clean, patches = normalize(centre_crop(image, size, round(size * 256 / 224)).to(device)), []
         for part in torch.arange(views).tensor_split(-(-views // batch)):       # none of one image
-            blocks = [draw.draw_blocks(g) for _ in part]
-            noisy, _ = gmml(clean.expand(len(part), -1, -1, -1),
-                            *(torch.stack([d[k][0] for d in blocks]) for k in ("blocks", "kind")))
+            drawn = [draw.draw_masks(g) for _ in part]
+            mask, kind = (torch.stack([d[k][0] for d in drawn]) for k in ("mask", "kind"))
+            noisy = gmml(clean.expand(len(part), -1, -1, -1), mask.to(device), kind)
             patches.append(encode(noisy)[1].float())
         rows.append(torch.stack([spread(cls), spread(torch.cat(patches))]).cpu())
     if not rows:
@@ -171,8 +171,8 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 
     draw = MultiCrop(Augmentation(size, local_number=0), GMML(0.0, block=0.3, align=P))
     at = torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist()
     clean = normalize(torch.stack([centre_crop(images.read(i), size, round(size * 256 / 224)) for i in at]))
-    drawn = [draw.draw_blocks(torch.Generator().manual_seed(i)) for i in at]
-    corrupted, _ = gmml(clean, *(torch.stack([d[k][0] for d in drawn]) for k in ("blocks", "kind")))
+    drawn = [draw.draw_masks(torch.Generator().manual_seed(i)) for i in at]
+    corrupted = gmml(clean, *(torch.stack([d[k][0] for d in drawn]) for k in ("mask", "kind")))
     tokens = student.backbone.intermediate(corrupted, blocks, norm=True)
     painted = [unpatchify(student.h_rec(t[:, student.backbone.num_prefix_tokens:]), P, g, g) for t in tokens]
 

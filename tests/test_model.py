@@ -158,6 +158,23 @@ def test_student_forward_reads_the_tokens_it_is_asked_for():
     assert set(MMC(ViT(32, 8, 32, 1, 4), rec=False, pat=False, hidden=16, out=4)(x)) == {"cls"}
 
 
+def test_cls_only_and_checkpointing_change_nothing():
+    """Values and gradients, drop path included."""
+    x, found = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for cls_only, checkpointing in ((False, False), (True, False), (False, True), (True, True)):
+        torch.manual_seed(0)
+        net = vit("vit_micro", 32, 8, drop_path=0.5, init_values=0.1, reg_tokens=2).train()
+        net.checkpointing = checkpointing
+        torch.manual_seed(1)
+        out = net(x, cls_only=cls_only)
+        assert out.shape[1] == (1 if cls_only else 19)
+        out[:, 0].square().sum().backward()
+        found.append((out[:, 0], [p.grad for p in net.parameters()]))
+    for out, grads in found[1:]:
+        torch.testing.assert_close(out, found[0][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(grads, found[0][1], atol=1e-5, rtol=1e-4)
+
+
 def test_teacher_and_ema_by_hand():
     torch.manual_seed(0)
     student = MMC(ViT(32, 8, 32, 2, 4, drop_path=0.5), hidden=16, out=4)

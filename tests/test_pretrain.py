@@ -217,7 +217,12 @@ def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, rank
 
 
 POISON = """
-import sys, torch, pretrain, distributed
+import os, sys, torch, pretrain, distributed
+class Late(pretrain.Monitor):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.late = bool(os.environ["LATE"])
+pretrain.Monitor = Late
 real = pretrain.corrupted_views
 calls = []
 def poisoned(*args):
@@ -231,13 +236,14 @@ pretrain.main(pretrain.get_args(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "late"), [(1, ""), (2, ""), (2, "1")])
+def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ranks, late):
+    """late: the flags are read one step after, as on CUDA."""
     (tmp_path / "poison.py").write_text(POISON)
     cmd = command(images, tmp_path / "out", "--epochs", "4", ranks=ranks)
     cmd[cmd.index(str(ROOT / "pretrain.py"))] = str(tmp_path / "poison.py")
     p = subprocess.run(cmd, capture_output=True, text=True, timeout=120,
-                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATE": late})
     assert p.returncode == (3 if ranks == 1 else 1), p.stderr
     assert f"rank {ranks - 1}: not finite at step 7, lr" in p.stderr
     said = [x.split("poison.py: ")[1] for x in p.stderr.splitlines() if "nothing of this step was kept" in x]
@@ -246,6 +252,27 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ran
     per_epoch = 6 // ranks
     assert last["step"] == 7 // per_epoch * per_epoch
     assert all(v.isfinite().all() for part in ("student", "teacher") for v in last[part].values())
+
+
+def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
+    """Two batches of 4 in one step, or in two steps that move nothing; AdamW's first moment tells the
+    gradients."""
+    moments = []
+
+    def note(_args, _student, _teacher, optimizer, *_):
+        moments.append([s["exp_avg"].clone() for s in optimizer.state.values()])
+    monkeypatch.setattr(pretrain, "save", note)
+    monkeypatch.setattr(pretrain.Monitor, "finish", lambda *_: None)
+    for i in range(8):
+        Image.fromarray(scene(i, size=40).image).save(tmp_path / f"{i}.png")
+    still = ["--epochs", "1", "--drop_path", "0", "--clip_grad", "0", "--lr", "0", "--min_lr", "0",
+             "--weight_decay", "0", "--save_every", "1", "--data", str(tmp_path)]
+    for accum in ("1", "2"):
+        pretrain.main(get_args([*TINY, *still, "--accum", accum, "--output_dir", str(tmp_path / accum)]))
+    first, second, both = moments
+    for a, b, c in zip(first, second, both, strict=True):
+        g1, g2 = a / 0.1, (b - 0.9 * a) / 0.1
+        torch.testing.assert_close(c / 0.1, (g1 + g2) / 2, atol=1e-5, rtol=1e-3)
 
 
 def test_other_options_are_refused(images, tmp_path, capsys):
