@@ -5,12 +5,14 @@
     python bench.py --only davis --threads 2 --json bench.jsonl
 
 step: images/s of a whole training step, the share of each part, and of the measured matmul peak.  infonce,
-davis, knn: our form against the plain one, results compared first.  loader: images/s of decode and crops in
-one process.  forward: 480 px against timm, if it is installed.
+davis, knn: our form against the plain one, results compared first.  loader: a JPEG to crops in one
+process.  forward: 480 px against timm, if it is installed.
 
 Shapes: B images, N patches, D width, C width of the contrastive space."""
 import argparse
+import itertools
 import json
+import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,15 +21,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision import transforms as T
 
 import davis
 import distributed
 import probes
-from data import generator_of, read_image
+from data import IMAGENET_MEAN, IMAGENET_STD, generator_of, read_image
 from losses import patch_contrast
-from masking import GMML, Augmentation, MultiCrop
+from masking import GMML, Augmentation, MultiCrop, colour
 from model import MMC, ema_update, momentum_teacher, vit
 from pretrain import corrupted_views, mmc_losses, param_groups, tokens_to_read, view_by_view
 
@@ -44,15 +47,37 @@ def interleaved(forms: dict, rounds: int, device=None) -> dict[str, list[float]]
     return seconds
 
 
-def show(title: str, seconds: dict[str, list[float]], unit: float = 1e3) -> dict[str, float]:
-    """Median, least and most in ms, and how many times faster than the first form."""
+def peak_mib(form, device: torch.device) -> float:
+    """Memory in MiB that a call needs above what was there before it: torch's own count on CUDA, resident
+    memory on Linux, NaN elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        form()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+
+    def kib(field: str) -> int:
+        return int(status.read_text().split(field)[1].split()[0])
+    reset.write_text("5")                                              # the high-water mark starts anew
+    before = kib("VmRSS:")
+    form()
+    return (kib("VmHWM:") - before) / 2 ** 10
+
+
+def compare(title: str, forms: dict, rounds: int, device: torch.device) -> dict[str, float]:
+    """Median, least and most ms of each form, how many times faster than the first, and peak memory."""
+    memory = {k: peak_mib(form, device) for k, form in forms.items()}
+    seconds = interleaved(forms, rounds, device)
     medians = {k: statistics.median(v) for k, v in seconds.items()}
     first = next(iter(medians.values()))
     print(title)
     for k, v in seconds.items():
-        print(f"  {k:32} {unit * medians[k]:9.1f} ms  ({unit * min(v):.1f} to {unit * max(v):.1f})  "
-              f"{first / medians[k]:5.2f}x")
-    return {k: round(unit * m, 2) for k, m in medians.items()}
+        print(f"  {k:32} {1e3 * medians[k]:9.1f} ms  ({1e3 * min(v):.1f} to {1e3 * max(v):.1f})  "
+              f"{first / medians[k]:5.2f}x  {memory[k]:7.0f} MiB")
+    return {k: {"ms": round(1e3 * m, 2), "mib": round(memory[k], 1)} for k, m in medians.items()}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -72,19 +97,19 @@ def plain_infonce(q: Tensor, k: Tensor, tau: float) -> Tensor:
 
 
 def plain_davis(query: Tensor, keys: Tensor, labels: Tensor, radius: int = 12, topk: int = 5) -> Tensor:
-    """Propagation with one dense affinity over all frames."""
+    """Propagation with one dense affinity, (sources, targets) as the equation reads."""
     (n, h, w, D), place = keys.shape, torch.stack(torch.meshgrid(
         torch.arange(keys.shape[1]), torch.arange(keys.shape[2]), indexing="ij"), -1).view(-1, 2)
-    near = ((place[:, None] - place).abs() <= radius).all(-1).repeat(1, n)
-    a = (query.view(-1, D) @ keys.view(-1, D).T / 0.1).exp() * near
-    a = torch.where(a >= a.topk(topk, 1)[0][:, -1:], a, 0.0)
-    return (a / a.sum(1, keepdim=True) @ labels.flatten(0, 2)).view(h, w, -1)
+    near = ((place[:, None] - place).abs() <= radius).all(-1).repeat(n, 1)
+    a = (keys.view(-1, D) @ query.view(-1, D).T / 0.1).exp() * near
+    a[a < a.topk(topk, dim=0)[0][-1]] = 0
+    return ((a / a.sum(0)).T @ labels.flatten(0, 2)).view(h, w, -1)
 
 
 def plain_knn(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tensor:
-    """All similarities of a chunk, top-k, one-hot votes."""
+    """All similarities of a chunk, top-k, one-hot votes: a hundred chunks for 10,000 images."""
     out = []
-    for q in test.split(256):
+    for q in test.split(100):
         s, i = (q @ train.T).topk(k, 1)
         out.append((F.one_hot(labels[i], 1000) * (s / 0.07).exp()[..., None]).sum(1).argmax(1))
     return torch.cat(out)
@@ -104,7 +129,7 @@ def bench_infonce(args, device) -> dict:
              "ours": lambda: run(lambda x: patch_contrast(x.flatten(0, 1), k, 0.2, None, "others"))}
     (a, ga), (b, gb) = (f() for f in forms.values())
     assert abs(a - b) < 1e-4 and (ga - gb).abs().max() < 1e-6
-    return show(f"patch InfoNCE, B {B}, N {N}, C {C}, forward and backward", interleaved(forms, args.rounds))
+    return compare(f"patch InfoNCE, B {B}, N {N}, C {C}, forward and backward", forms, args.rounds, device)
 
 
 def bench_davis(args, device) -> dict:
@@ -115,8 +140,7 @@ def bench_davis(args, device) -> dict:
              "ours": lambda: davis.propagate(query, keys, labels)}
     a, b = (f() for f in forms.values())
     assert (a - b).abs().max() < 1e-6 and torch.equal(a.argmax(-1), b.argmax(-1))
-    return show("DAVIS propagation of a 480p frame, 8 context frames, ViT-S/16",
-                interleaved(forms, args.rounds))
+    return compare("DAVIS propagation of a 480p frame, 8 context frames, D 384", forms, args.rounds, device)
 
 
 def bench_knn(args, device) -> dict:
@@ -127,18 +151,46 @@ def bench_knn(args, device) -> dict:
              "ours": lambda: probes.knn_predict(train, labels, test, [20])[0]}
     a, b = (f() for f in forms.values())
     assert torch.equal(a, b)
-    return show("k-NN, 50,000 train, 1,000 test, D 384, k 20", interleaved(forms, args.rounds))
+    return compare("k-NN, 50,000 train, 1,000 test, D 384, k 20", forms, args.rounds, device)
+
+
+def pil_chain(size: int, scale: tuple[float, float], blur: float, solarize: float) -> T.Compose:
+    """One crop of the recipe by torchvision's first transforms, on Pillow images."""
+    def smooth(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+    return T.Compose([
+        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4)], 0.8), T.RandomGrayscale(0.2),
+        T.RandomApply([smooth], blur), T.RandomSolarize(128, solarize), T.ToTensor(),
+        T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
 def bench_loader(args, device) -> dict:
-    crops = MultiCrop(Augmentation(224, local_number=8), GMML())
+    """What a worker does; where colour is the device's, its share on this one is the last line."""
+    crops, count = MultiCrop(Augmentation(224, local_number=8), GMML()), itertools.count()
+    chain = ([pil_chain(224, (0.25, 1), 1.0, 0.0), pil_chain(224, (0.25, 1), 0.1, 0.2)]
+             + 8 * [pil_chain(96, (0.05, 0.25), 0.5, 0.0)])
+    plain = [T.Compose(c.transforms[:2]) for c in chain]
     with tempfile.TemporaryDirectory() as d:
-        noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        path = Path(d) / "a.jpg"
-        Image.fromarray(noise).resize((500, 375)).save(path, quality=90)
-        forms = {"decode": lambda: read_image(path),
-                 "decode, 2 x 224 + 8 x 96 crops": lambda: crops(read_image(path), generator_of(0))}
-        return show("loader, one 500 x 375 JPEG in one process", interleaved(forms, 10 * args.rounds))
+        path = Path(args.image or Path(d) / "a.jpg")
+        if not args.image:
+            noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((500, 375)).save(path, quality=90)
+
+        def pillow(transforms):
+            image = Image.open(path).convert("RGB")
+            return [t(image) for t in transforms]
+
+        def ours():
+            return crops(read_image(path), generator_of(next(count)))
+
+        def whole():
+            x = ours()
+            return [colour(x["global"].to(device), x["colour"][:2]),
+                    colour(x["local"].to(device), x["colour"][2:])]
+        forms = {"Pillow, crops and colour": lambda: pillow(chain), "Pillow, crops": lambda: pillow(plain),
+                 "ours: crops and masks": ours, "ours, and colour": whole}
+        return compare(f"loader, {path.name} to 2 x 224 + 8 x 96", forms, 5 * args.rounds, device)
 
 
 def bench_forward(args, device) -> dict:
@@ -152,14 +204,14 @@ def bench_forward(args, device) -> dict:
         print("timm is not installed: ours alone")
     forms["ours"] = lambda: ours(x)
     with torch.no_grad():
-        return show("ViT-B/16 forward, one image of 480 px", interleaved(forms, args.rounds, device))
+        return compare("ViT-B/16 forward, one image of 480 px", forms, args.rounds, device)
 
 
 def bench_step(args, device) -> dict:
     """A whole step, and its parts one by one."""
     a = SimpleNamespace(patch_size=16, patch_tokens=args.patch_tokens, patch_negatives="others", temp=0.2,
                         w_rec=1.0, w_pat=1.0, w_cls=1.0, local_crops_number=args.local)
-    crop = MultiCrop(Augmentation(args.crops, local_number=args.local), GMML())
+    crop = MultiCrop(Augmentation(args.crops, local_number=args.local), GMML(align=args.drop_align))
     image = torch.randint(0, 256, (3, 375, 500), dtype=torch.uint8)
     items = [crop(image, generator_of(i)) for i in range(args.batch_size)]
     batch = {k: torch.stack([x[k] for x in items]) for k in items[0]}
@@ -225,6 +277,8 @@ if __name__ == "__main__":
     p.add_argument("--local", type=int, default=0, help="local crops of 96 pixels")
     p.add_argument("--batch_size", type=int, default=4, help="images of a step; twice that for InfoNCE")
     p.add_argument("--patch_tokens", default="all", choices=["all", "masked"], help="anchors of Eq. (2)")
+    p.add_argument("--drop_align", type=int, default=1, help="pixels to which corrupted blocks are aligned")
+    p.add_argument("--image", help="a JPEG for the loader (default: a generated one of 500 x 375)")
     p.add_argument("--rounds", type=int, default=5, help="timed calls of each form")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

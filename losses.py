@@ -75,18 +75,19 @@ class PatchInfoNCE(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, anchors: Tensor, tau: float, block: int) -> Tensor:
         B, N, C = k.shape
         keys, dq, total = k.reshape(B * N, C), torch.empty_like(q), q.new_zeros(())
-        images = torch.arange(B, device=q.device)
+        images, buffer = torch.arange(B, device=q.device), q.new_empty(min(block, len(q)), B * N)
         for start in range(0, len(q), block):
             rows = slice(start, start + block)
             own = keys[anchors[rows]]                                                       # (r, C) positives
             positive = (q[rows] * own).sum(-1) / tau                                          # (r,)
-            logits = q[rows] @ keys.T / tau                                                   # (r, B*N)
+            logits = torch.mm(q[rows] / tau, keys.T, out=buffer[:len(own)])                   # (r, B*N)
             same = (anchors[rows] // N)[:, None] == images                                    # (r, B)
             logits.view(-1, B, N).masked_fill_(same[:, :, None], -torch.inf)
-            lse = torch.logaddexp(torch.logsumexp(logits, -1), positive)
-            total += (lse - positive).sum()
-            p = logits.sub_(lse[:, None]).exp_()                                          # softmax, negatives
-            dq[rows] = (p @ keys + ((positive - lse).exp() - 1)[:, None] * own) / (tau * len(q))
+            top = torch.maximum(logits.amax(-1), positive)                                    # for exp()
+            p, p_own = logits.sub_(top[:, None]).exp_(), (positive - top).exp()
+            z = p.sum(-1) + p_own                                              # (r,) Z_a of Eq. (2) / e^top
+            total += (top + z.log() - positive).sum()
+            dq[rows] = (p @ keys + (p_own - z)[:, None] * own) / (z[:, None] * tau * len(q))
         ctx.save_for_backward(dq)
         return total / len(q)
 

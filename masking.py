@@ -140,14 +140,15 @@ def block_mask(blocks: Tensor, area: float, size: int) -> Tensor:
     """Union of rectangles, added in order until the area is reached; overlaps and overshoot allowed.
 
     blocks: (K, 4) top, left, bottom, right in pixels, may reach outside.  area: share of the image, 0 ... 1.
-    Returns (S, S) bool.  Painted from the last to the first, each pixel keeps the number of the first block
-    that covers it; the mask is all pixels whose number is below the one that reaches the area."""
-    first = np.full((size, size), len(blocks), np.int16)
-    for i, (top, left, bottom, right) in reversed(list(enumerate(blocks.clamp(min=0).tolist()))):
-        first[top:bottom, left:right] = i
-    covered = np.bincount(first.ravel() + 1, minlength=len(blocks) + 2)[:-1].cumsum()    # by 0 ... K blocks
-    n = min(np.searchsorted(covered, area * size ** 2), len(blocks))
-    return torch.from_numpy(first < n)
+    Returns (S, S) bool."""
+    mask, missing = np.zeros((size, size), bool), area * size ** 2
+    for top, left, bottom, right in blocks.clamp(min=0).tolist():
+        if missing <= 0:
+            break
+        box = mask[top:bottom, left:right]
+        missing -= box.size - np.count_nonzero(box)
+        box[:] = True
+    return torch.from_numpy(mask)
 
 
 # ---- colour, on the device ----
