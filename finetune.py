@@ -419,6 +419,10 @@ def main(args: argparse.Namespace) -> None:
         return report(*found, val, args, {"eval": args.eval})
     torch.manual_seed(args.seed)
     backbone, said = load_backbone(args.ckpt, args.checkpoint_key)
+    if str(args.ckpt).startswith("random:"):                           # from scratch: the run's own seed
+        torch.manual_seed(args.seed)
+        backbone.init_weights(fixed_pos=False)
+        said = f"{args.ckpt}: RANDOM weights, seed {args.seed}"
     say(said)
     args.size = crop_size(backbone, args.size)
     if args.picture:
