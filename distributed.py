@@ -20,7 +20,6 @@ STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
 def init(device: str = "auto") -> torch.device:
     """Join the other ranks, if any, and pick this rank's device.  device: 'auto' (CUDA, then MPS, then CPU)
     or a torch device name.  Raises ValueError for a device that this machine does not have."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # large pages for CPU tensors: 8 % of a ViT-S step
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else

@@ -354,7 +354,10 @@ def picture(vit: ViT, head: nn.Module, val: Pairs, args, device, n: int = 6) -> 
     """Image, prediction and truth of n test images, evenly spaced."""
     rows, head = [], head.eval()
     for i in torch.linspace(0, len(val) - 1, min(n, len(val))).long().tolist():
-        image, label = val.read(i)
+        try:
+            image, label = val.read(i)
+        except BadImage:                                               # named by `evaluate` already
+            continue
         photo = image.permute(1, 2, 0).numpy()
         guess = predict_one(vit, head, image, label.shape, args, device)
         void, kinds = (label == IGNORE).numpy(), [int(k) for k in label.unique() if k != IGNORE]
@@ -409,15 +412,15 @@ def main(args: argparse.Namespace) -> None:
     by_class = {n: round(v, 2) for n, v in zip(names, iou.tolist(), strict=True) if not math.isnan(v)}
     print("  ".join(f"{n} {v:.1f}" for n, v in by_class.items()))
     print(f"mIoU {miou:.2f} % over {len(by_class)} classes that occur, pixel accuracy {accuracy:.2f} %")
-    out = Path(args.output_dir)
-    picture(vit, head, val, args, device).save(out / "predictions.png")
-    print(f"look at {out / 'predictions.png'}")
     if args.json:
         with open(args.json, "a") as f:
             f.write(json.dumps({
                 "probe": "linseg", "ckpt": args.ckpt, "data": args.data, "layout": data.layout,
                 "iters": args.iters, "crop": args.crop, "blocks": args.blocks, "miou": round(miou, 3),
                 "accuracy": round(accuracy, 3), "iou": by_class, "left_out": len(bad)}) + "\n")
+    out = Path(args.output_dir)
+    picture(vit, head, val, args, device).save(out / "predictions.png")
+    print(f"look at {out / 'predictions.png'}")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

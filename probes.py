@@ -36,7 +36,7 @@ import zeroshot
 from checkpoint import load_backbone
 from coco import Coco, ToyScenes, Voc
 from data import BadImage, denormalize, generator_of, normalize, open_images, same_classes
-from features import centre_crop, crop_size, extract_features
+from features import CentreCrop, centre_crop, crop_size, extract_features
 from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
 
@@ -169,8 +169,11 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 
     the mean absolute difference to the original below."""
     P, g, rows = student.backbone.patch_size, size // student.backbone.patch_size, []
     draw = MultiCrop(Augmentation(size, local_number=0), GMML(0.0, block=0.3, align=P))
-    at = torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist()
-    clean = normalize(torch.stack([centre_crop(images.read(i), size, round(size * 256 / 224)) for i in at]))
+    ready = CentreCrop(images, size)
+    at = [i for i in torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist() if ready[i][2]]
+    if not at:
+        raise ValueError("layers: no readable image for the picture")
+    clean = normalize(torch.stack([ready[i][0] for i in at]))
     drawn = [draw.draw_masks(torch.Generator().manual_seed(i)) for i in at]
     corrupted = gmml(clean, *(torch.stack([d[k][0] for d in drawn]) for k in ("mask", "kind")))
     tokens = student.backbone.intermediate(corrupted, blocks, norm=True)
@@ -190,8 +193,8 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 
     return figure.sheet(rows)
 
 
-def block_iou(vit: ViT, scenes, block: int, device) -> float:
-    """Best mean prompt IoU in percent over the thresholds, for the tokens of one block after the final norm:
+def block_iou(vit: ViT, scenes, blocks: list[int], device) -> list[float]:
+    """Best mean prompt IoU in percent over the thresholds, for the tokens of each block after the final norm:
     zeroshot.py's default protocol at 480 px (the toy world at its own 64)."""
     side = 64 if isinstance(scenes, ToyScenes) else 480
     side = side // vit.patch_size * vit.patch_size
@@ -204,10 +207,12 @@ def block_iou(vit: ViT, scenes, block: int, device) -> float:
                 image = F.interpolate(scenes.read(i)[None], size=(side, side), mode="bicubic", antialias=True)
                 yield image[0], torch.stack([masks[kinds == k].any(0) for k in kinds.unique()])
 
-    def tokens(image):
-        return zeroshot.patch_features(vit, normalize(image[None].to(device)), block)[0].cpu()
+    @torch.no_grad()
+    def tokens(image):                                                 # (blocks, N, D)
+        found = torch.cat(vit.intermediate(normalize(image[None].to(device)), blocks, norm=True))
+        return F.normalize(found[:, vit.num_prefix_tokens:].float(), dim=-1).cpu()
     grid = (side // vit.patch_size,) * 2
-    return 100 * zeroshot.prompt_iou(tokens, of_classes(), grid).max().item()
+    return (100 * zeroshot.prompt_iou(tokens, of_classes(), grid).max(-1)[0]).tolist()
 
 
 def layers_main(args: argparse.Namespace) -> None:
@@ -223,11 +228,13 @@ def layers_main(args: argparse.Namespace) -> None:
             for x, y in zip(a, b, strict=True)]
     scenes = (Coco(args.coco, limit=args.limit) if args.coco else Voc(args.voc, limit=args.limit) if args.voc
               else ToyScenes(args.limit) if args.data == "toy" else None)
-    for block, row in zip(blocks, rows, strict=True):
-        if scenes is not None:
-            row["prompt_iou"] = block_iou(vit, scenes, block, device)
+    iou = block_iou(vit, scenes, blocks, device) if scenes is not None else []
+    for i, (block, row) in enumerate(zip(blocks, rows, strict=True)):
+        if iou:
+            row["prompt_iou"] = iou[i]
         print(f"block {block:2}  k-NN CLS {row['cls']:.1f}  PAT {row['pat']:.1f}"
-              + (f"  prompt IoU, best t {row['prompt_iou']:.1f}" if scenes is not None else ""))
+              + (f"  prompt IoU, best t {row['prompt_iou']:.1f}" if iou else ""))
+    note(args, "layers", size=size, blocks=blocks, knn=rows)
     student = student_of(args.ckpt)
     if student is None:
         print("no picture of reconstructions: this checkpoint holds no student with a reconstruction head; "
@@ -236,7 +243,6 @@ def layers_main(args: argparse.Namespace) -> None:
         last = [block for block in blocks if block > vit.depth // 2] or blocks
         layers_picture(student, val, size, last).save(args.picture)
         print(f"look at {args.picture}")
-    note(args, "layers", size=size, blocks=blocks, knn=rows)
 
 
 # ------------------------------------------------- command line

@@ -155,16 +155,18 @@ def iou(mask: Tensor, truth: Tensor) -> Tensor:
 
 def prompt_iou(features: Callable[[Tensor], Tensor], scenes: Iterable, grid: tuple[int, int], seed: int = 0,
                min_patches: int = 3) -> Tensor:
-    """The default protocol without files: IoU per threshold (T,), mean over an image's masks, then images.
+    """The default protocol without files: IoU per threshold (..., T), mean over masks, then over images.
 
-    features: image (3, H, W) uint8 -> (N, D) normalised.  scenes: (image, masks (K, H, W) bool) pairs."""
+    features: image (3, H, W) uint8 -> (..., N, D) normalised; the leading dimensions are several networks or
+    blocks at once, with the same prompts.  scenes: (image, masks (K, H, W) bool) pairs."""
     rows = []
     for i, (image, masks) in enumerate(scenes):
         truth = majority(patch_cover(masks, *grid))
         truth = truth[truth.sum(1) >= min_patches]                             # (K, N)
         if len(truth):
-            maps = similarity_map(features(image), draw_points(truth, 1, generator_of(seed, "prompt", i)))
-            rows.append(iou_sweep(maps, truth).mean(0))
+            z, points = features(image), draw_points(truth, 1, generator_of(seed, "prompt", i))
+            iou = [iou_sweep(similarity_map(x, points), truth).mean(0) for x in z.view(-1, *z.shape[-2:])]
+            rows.append(torch.stack(iou).view(*z.shape[:-2], -1))
     return torch.stack(rows).mean(0) if rows else torch.full((len(THRESHOLDS),), torch.nan)
 
 
