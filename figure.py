@@ -38,14 +38,17 @@ def painted(photo: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 def marked(photo: np.ndarray, size: tuple[int, int], points: list, background: list) -> np.ndarray:
     """(H, W, 3) uint8 with a green dot at each point and a red one at each of the background.  Points are
     (x, y) pixels of the original, whose (height, width) was `size`."""
-    picture = Image.fromarray(photo).resize((2 * photo.shape[1], 2 * photo.shape[0]))  # twice: smooth circles
-    draw, r = ImageDraw.Draw(picture), max(picture.size) / 70
+    picture, r, k = Image.fromarray(photo), max(photo.shape[:2]) / 70, 8
+    side = 2 * int(r * 1.35 + 2)
     for found, colour in ((points, (60, 220, 90)), (background, (235, 50, 50))):
+        dot = Image.new("RGBA", (side * k, side * k))                  # drawn k times larger: a smooth circle
+        for radius, fill in ((r * 1.35 * k, "white"), (r * k, colour)):
+            ImageDraw.Draw(dot).circle((side * k / 2, side * k / 2), radius, fill)
+        dot = dot.resize((side, side), SMOOTH)
         for p in found:
             x, y = ((v + 0.5) * new / old for v, new, old in zip(p, picture.size, size[::-1], strict=True))
-            for radius, fill in ((r * 1.35, "white"), (r, colour)):
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    return np.asarray(picture.resize(photo.shape[1::-1], SMOOTH))
+            picture.paste(dot, (round(x - side / 2), round(y - side / 2)), dot)
+    return np.asarray(picture)
 
 
 def sheet(rows: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> Image.Image:
