@@ -8,6 +8,9 @@ probability 1/2, magnitude N(9, 0.5) within 0 ... 10, and "increasing" severitie
 ThreeAugment (DeiT III, arXiv 2204.07118): one of grey, solarise, blur, then a colour jitter of 0.3.  Mixup
 (arXiv 1710.09412), cutmix (arXiv 1905.04899).
 
+Departs from timm's: always bilinear (theirs picks bilinear or bicubic at random), on tensors, whose rounding
+differs by a grey level here and there.
+
 Shapes: B images, S pixels of a side, C classes."""
 import math
 

@@ -10,6 +10,7 @@ process.  forward: 480 px against timm, if it is installed.
 
 Shapes: B images, N patches, D width, C width of the contrastive space."""
 import argparse
+import ctypes
 import itertools
 import json
 import random
@@ -61,6 +62,8 @@ def peak_mib(form, device: torch.device) -> float:
 
     def kib(field: str) -> int:
         return int(status.read_text().split(field)[1].split()[0])
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):                      # freed pages would be used unseen
+        ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")                                              # the high-water mark starts anew
     before = kib("VmRSS:")
     form()

@@ -57,13 +57,14 @@ def denormalize(x: Tensor) -> Tensor:
 
 def read_image(path: str | os.PathLike) -> Tensor:
     """Any image file -> (3, H, W) uint8 RGB, upright by its EXIF tag; grey, palette, CMYK, alpha, 16-bit are
-    converted. Ordinary JPEGs go through torchvision's decoder (3x faster), everything else through Pillow.
+    converted. Ordinary JPEGs go through torchvision's decoder (3x faster; a later torchvision may drop it),
+    everything else through Pillow.
     Raises BadImage for what is missing, broken, truncated, no image, or above MAX_PIXELS."""
     try:
         with Image.open(path) as im:
             if im.width * im.height > MAX_PIXELS:
                 raise ValueError(f"{im.width}x{im.height} is more than {MAX_PIXELS} pixels")
-            if im.format == "JPEG" and im.mode in ("RGB", "L"):
+            if im.format == "JPEG" and im.mode in ("RGB", "L") and hasattr(torchvision.io, "decode_jpeg"):
                 data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
                 return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB,
                                                   apply_exif_orientation=True)

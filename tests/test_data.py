@@ -54,7 +54,7 @@ def write_broken(folder):
     return 4
 
 
-def test_odd_images_are_read(tmp_path):
+def test_odd_images_are_read(tmp_path, monkeypatch):
     n = write_zoo(tmp_path)
     source = Files(tmp_path)
     assert len(source) == n == 17 and source.labels is None
@@ -73,6 +73,8 @@ def test_odd_images_are_read(tmp_path):
     grey = read_image(tmp_path / "0_16bit.png")
     assert grey.max() > 240 and grey.float().std() > 50                                  # scaled, not clipped
     assert torch.equal(read_image(tmp_path / "0_L.png")[0], read_image(tmp_path / "0_L.png")[2])
+    monkeypatch.delattr("torchvision.io.decode_jpeg")                  # deprecated since torchvision 0.29
+    assert close("0_RGB.jpg") and close("0_upper.JPG")
 
 
 def test_broken_images_are_named(tmp_path):
