@@ -27,6 +27,7 @@ ALLOWED = {
     "monitor": {"data", "distributed", "features", "figure", "masking", "model", "probes", "zeroshot"},
     "pretrain": {"data", "losses", "masking", "checkpoint", "model", "distributed", "monitor"},
     "demo": {"zeroshot", "toy", "checkpoint", "data", "distributed", "figure"},
+    "ablation": {"distributed", "figure", "monitor"},
 }
 
 
