@@ -141,8 +141,7 @@ def main(args: argparse.Namespace) -> None:
                 continue
             print(f"{args.study} {name}, seed {seed}", flush=True)
             row = run_variant(name, options, seed, args)
-            with open(file, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            distributed.append_json(file, row)
             (out / "table.md").write_text(table(read_lines(file), args.study))
     rows = read_lines(file)
     (out / "table.md").write_text(table(rows, args.study))

@@ -12,7 +12,6 @@ Shapes: B images, N patches, D width, C width of the contrastive space."""
 import argparse
 import ctypes
 import itertools
-import json
 import random
 import statistics
 import tempfile
@@ -267,9 +266,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads; {args.rounds} calls")
     result = {name: PARTS[name](args, device) for name in args.only or PARTS}
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps({"torch": torch.__version__, "device": device.type, **result}) + "\n")
+    distributed.append_json(args.json, {"torch": torch.__version__, "device": device.type, **result})
 
 
 if __name__ == "__main__":

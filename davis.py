@@ -369,8 +369,7 @@ def write_results(results: dict[str, dict], out: Path, args: argparse.Namespace)
     if args.json:
         protocol = {k: getattr(args, k) for k in ("ckpt", *PROTOCOL)} if args.ckpt else {}
         line = {"eval": "davis", "davis": args.davis, "split": args.split, "masks": str(out), **protocol}
-        with open(args.json, "a") as file:
-            file.write(json.dumps(line | overall | {"objects": objects}) + "\n")
+        distributed.append_json(args.json, line | overall | {"objects": objects})
     for kind, rows in (("global", {args.split: overall}), ("per-object", objects),
                        ("per-sequence", {name: mean_of(found.values()) for name, found in results.items()})):
         with open(out / f"{kind}_results-{args.split}.csv", "w", newline="") as file:

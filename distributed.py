@@ -3,6 +3,7 @@
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them everything here is the one-process case and does
 nothing. NCCL on CUDA, gloo elsewhere.  Exit codes of every script: 0 done, 2 a user's mistake, 3 training
 went wrong (NaN), 75 stopped by a signal after saving: start the same command again."""
+import json
 import os
 import signal
 import sys
@@ -57,6 +58,13 @@ def say(*words) -> None:
     """print() on rank 0 only."""
     if is_main():
         print(*words, flush=True)
+
+
+def append_json(path: str | os.PathLike | None, line: dict) -> None:
+    """One more line of a jsonl file, on rank 0; nothing without a path."""
+    if path and is_main():
+        with open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")
 
 
 def fail(message: str, code: int = MISUSED, together: bool = False) -> None:

@@ -18,7 +18,6 @@ log.jsonl, run.json.  Signals, NaN and unreadable images as in pretrain.py; exit
 Shapes: B images per rank, S pixels of a side, D width, C classes."""
 import argparse
 import csv
-import json
 import math
 import time
 from pathlib import Path
@@ -306,10 +305,8 @@ def report(guess: Tensor, sure: Tensor, val, args, more: dict) -> None:
             out.writerows((val.name(i), val.classes[t], val.classes[p] if p >= 0 else "", f"{s:.4f}")
                           for i, (t, p, s) in enumerate(zip(val.labels, guess.tolist(), sure.tolist(),
                                                             strict=True)))
-    if args.json:
-        with open(args.json, "a") as f:
-            row = {"top1": round(accuracy, 3), "data": args.data, "n_val": len(val), **more}
-            f.write(json.dumps(row) + "\n")
+    distributed.append_json(args.json,
+                            {"top1": round(accuracy, 3), "data": args.data, "n_val": len(val), **more})
 
 
 def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:

@@ -16,7 +16,6 @@ Layouts are the published ones, found by their folders (LAYOUTS), or any pair im
 
 Shapes: B images, H x W pixels, h x w tokens, D width of all blocks together, C classes."""
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -412,12 +411,10 @@ def main(args: argparse.Namespace) -> None:
     by_class = {n: round(v, 2) for n, v in zip(names, iou.tolist(), strict=True) if not math.isnan(v)}
     print("  ".join(f"{n} {v:.1f}" for n, v in by_class.items()))
     print(f"mIoU {miou:.2f} % over {len(by_class)} classes that occur, pixel accuracy {accuracy:.2f} %")
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps({
-                "probe": "linseg", "ckpt": args.ckpt, "data": args.data, "layout": data.layout,
-                "iters": args.iters, "crop": args.crop, "blocks": args.blocks, "miou": round(miou, 3),
-                "accuracy": round(accuracy, 3), "iou": by_class, "left_out": len(bad)}) + "\n")
+    distributed.append_json(args.json, {
+        "probe": "linseg", "ckpt": args.ckpt, "data": args.data, "layout": data.layout, "iters": args.iters,
+        "crop": args.crop, "blocks": args.blocks, "miou": round(miou, 3), "accuracy": round(accuracy, 3),
+        "iou": by_class, "left_out": len(bad)})
     out = Path(args.output_dir)
     picture(vit, head, val, args, device).save(out / "predictions.png")
     print(f"look at {out / 'predictions.png'}")

@@ -132,10 +132,8 @@ class Guard:
         return due
 
     def write(self, line: dict) -> None:
-        if distributed.is_main():
-            with open(self.out / "log.jsonl", "a") as f:
-                line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
-                f.write(json.dumps(line) + "\n")
+        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+        distributed.append_json(self.out / "log.jsonl", line)
 
     def log(self, values: dict[str, Tensor], step: int, per_epoch: int, rates: dict[str, float], bar) -> None:
         """Every --log_every steps, and at an epoch's end: means over the ranks to log.jsonl and the bar.

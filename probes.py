@@ -17,7 +17,6 @@ student with its reconstruction head, what that head paints from each of the las
 
 Shapes: n train, m test images, D width, N patches, k neighbours, C classes."""
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -256,9 +255,7 @@ def begin(args) -> tuple[torch.device, ViT, int]:
 
 def note(args, probe: str, **values) -> None:
     """One JSON line to --json."""
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps({"probe": probe, "ckpt": args.ckpt, "data": args.data, **values}) + "\n")
+    distributed.append_json(args.json, {"probe": probe, "ckpt": args.ckpt, "data": args.data, **values})
 
 
 def open_pair(args):

@@ -15,7 +15,6 @@ trapezoids.  Queries without a positive are left out of the mean.  Paper (MMC, V
 
 Shapes: Q queries, n images of the database, D width."""
 import argparse
-import json
 import pickle
 from pathlib import Path
 
@@ -172,11 +171,9 @@ def main(args: argparse.Namespace) -> None:
     if args.picture:
         picture(root, truth, order, args.query_crop).save(args.picture)
         print(f"look at {args.picture}")
-    if args.json:
-        with open(args.json, "a") as f:
-            f.write(json.dumps({"probe": "retrieval", "ckpt": args.ckpt, "data": args.data, "head": args.head,
-                                "imsize": args.imsize, "scales": scales, "query_crop": args.query_crop,
-                                **result}) + "\n")
+    distributed.append_json(args.json, {
+        "probe": "retrieval", "ckpt": args.ckpt, "data": args.data, "head": args.head, "imsize": args.imsize,
+        "scales": scales, "query_crop": args.query_crop, **result})
 
 
 def picture(root: Path, truth: dict, order: np.ndarray, crop: bool, n: int = 6, top: int = 5) -> Image.Image:

@@ -20,7 +20,6 @@ Shapes: N = h*w tokens, D width, K masks, Q prompts, T thresholds, H x W pixels,
 g x g whole patches, G x G tokens of a square image."""
 import argparse
 import csv
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -316,12 +315,6 @@ def say(s: dict, min_patches: int) -> None:
           f"patches{left}; {s['images_per_s']:.2f} images/s", flush=True)
 
 
-def append_json(path: str | None, line: dict) -> None:
-    if path:
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-
-
 def write_csv(path: str, ckpt: str, result: Result, scenes: Scenes, args: argparse.Namespace) -> None:
     """Append a line per category: prompts, mIoU at each threshold, auto; empty where it had no prompt."""
     with open(path, "a", newline="") as f:
@@ -392,8 +385,9 @@ def few_shot_main(args: argparse.Namespace, device: torch.device) -> None:
         print(f"accuracy {r['accuracy']:.1f} +- {r['ci95']:.1f} % (chance 20); F1 (always yes: 33.3) at t = "
               + "  ".join(f"{t}: {v:.1f}" for t, v in r["f1"].items()),
               f"best {r['f1'][best]:.1f} ({best})", sep="  ", flush=True)
-        append_json(args.json, {"eval": "fewshot", "ckpt": ckpt, "data": args.fewshot, "size": size, **r,
-                                "best_threshold": float(best), "best": r["f1"][best]})
+        distributed.append_json(args.json, {
+            "eval": "fewshot", "ckpt": ckpt, "data": args.fewshot, "size": size, **r,
+            "best_threshold": float(best), "best": r["f1"][best]})
 
 
 # ------------------------------------------------- one picture
@@ -522,7 +516,7 @@ def table_main(args: argparse.Namespace, device: torch.device) -> None:
         result = evaluate(vit.to(device), scenes, size, device, args)
         summary = summarize(result, scenes, args)
         say(summary, args.min_patches)
-        append_json(args.json, {"eval": "zeroshot", "ckpt": ckpt, **protocol, **summary})
+        distributed.append_json(args.json, {"eval": "zeroshot", "ckpt": ckpt, **protocol, **summary})
         if args.csv:
             write_csv(args.csv, ckpt, result, scenes, args)
         total = result.counts.sum(1, keepdim=True).double()

@@ -29,7 +29,8 @@ def row(variant, seed, value):
 def test_table_by_hand():
     rows = [row("111", 0, 30.0), row("111", 1, 32.0), row("100", 0, 11.0)]
     lines = ablation.table(rows, "table4").splitlines()
-    assert lines[0] == "| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | *paper: CLS / PAT / fine-tuned* |"
+    assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | "
+                        "*paper: CLS / PAT / fine-tuned* |")
     assert lines[2] == "| 111 | 2 | 31.0 +- 1.4 | 62.0 +- 2.8 | 0.500 +- 0.000 | *77.5 / 77.0 / 91.0* |"
     assert lines[3] == "| 100 | 1 | 11.0 | 22.0 | 0.500 | *17.2 / 14.7 / 89.9* |"
     picture = ablation.curves(rows, "table4")
