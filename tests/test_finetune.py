@@ -138,7 +138,7 @@ def test_it_learns_and_is_tested_again(world, tmp_path, capsys):
     first = finetune.load_backbone("random:vit_micro/8")[0]
     torch.manual_seed(0)                                               # from scratch: the run's seed
     first.init_weights(fixed_pos=False)
-    assert all(torch.equal(v, last["model"][f"backbone.{k}"]) for k, v in first.state_dict().items())  # frozen
+    assert all(torch.equal(v, last["model"][f"backbone.{k}"]) for k, v in first.state_dict().items())
 
 
 def test_resume_is_exact(world, tmp_path, monkeypatch):
