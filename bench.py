@@ -241,6 +241,7 @@ def bench_step(args, device) -> dict:
                                      optimizer.step(), optimizer.zero_grad(set_to_none=True)))
         part("EMA", lambda: ema_update(teacher, student, 0.996))
     seconds = interleaved({"step": step}, args.rounds, device)["step"]
+    memory = peak_mib(step, device)
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as flops:
         step()
@@ -249,10 +250,12 @@ def bench_step(args, device) -> dict:
     print(f"training step, {args.arch}/16, batch {args.batch_size}, 2 x {args.crops} + {args.local} x 96, "
           f"anchors {args.patch_tokens}\n  {args.batch_size / median:.2f} images/s ({min(seconds):.2f} to "
           f"{max(seconds):.2f} s a step), {flops.get_total_flops() / args.batch_size / 1e9:.0f} GFLOP per "
-          f"image, {100 * share:.0f} % of the measured {peak / 1e9:.0f} GFLOP/s")
-    parts = {k: statistics.median(v[1:-1]) / median for k, v in spent.items()}
+          f"image, {100 * share:.0f} % of the measured {peak / 1e9:.0f} GFLOP/s, {memory:.0f} MiB above "
+          "weights and AdamW's state")
+    parts = {k: statistics.median(v[1:-2]) / median for k, v in spent.items()}
     print("  " + "  ".join(f"{k} {100 * v:.0f} %" for k, v in parts.items()))
     return {"images_per_s": round(args.batch_size / median, 3), "share_of_peak": round(share, 3),
+            "mib": round(memory),
             "parts": {k: round(v, 3) for k, v in parts.items()}}
 
 
