@@ -259,7 +259,8 @@ class Monitor(Guard):
                 for k, n in names.items() if k in results]
         if "prompt_iou_colours" in results:
             said[-1] += f" (raw colours {results['prompt_iou_colours']:.1f} %)"
-        say(f"done in {seconds:.0f} s: {', '.join(said)}; look at {self.out / 'result.png'}")
+        found = f": {', '.join(said)}" if said else ""
+        say(f"done in {seconds:.0f} s{found}; look at {self.out / 'result.png'}")
 
     @torch.no_grad()
     def picture(self, student, backbone, n: int = 6) -> Image.Image:
