@@ -130,6 +130,15 @@ def curves(rows: list[dict], study: str) -> Image.Image:
     return out.resize((2 * wide, high), SMOOTH)
 
 
+def draw(out: Path, study: str) -> str:
+    """Write table.md, which is returned, and curves.png from results.jsonl."""
+    rows = read_lines(out / "results.jsonl")
+    text = table(rows, study)
+    (out / "table.md").write_text(text)
+    curves(rows, study).save(out / "curves.png")
+    return text
+
+
 def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -140,13 +149,9 @@ def main(args: argparse.Namespace) -> None:
             if any((r["variant"], r["seed"]) == (name, seed) for r in read_lines(file)):
                 continue
             print(f"{args.study} {name}, seed {seed}", flush=True)
-            row = run_variant(name, options, seed, args)
-            distributed.append_json(file, row)
-            (out / "table.md").write_text(table(read_lines(file), args.study))
-    rows = read_lines(file)
-    (out / "table.md").write_text(table(rows, args.study))
-    curves(rows, args.study).save(out / "curves.png")
-    print((out / "table.md").read_text())
+            distributed.append_json(file, run_variant(name, options, seed, args))
+            draw(out, args.study)
+    print(draw(out, args.study))
 
 
 def get_args(argv=None) -> argparse.Namespace:

@@ -215,8 +215,7 @@ def get_parser() -> argparse.ArgumentParser:
       help="weight of the global contrast, Eq. (3) (paper 1; MoCo's 2*tau factor is --w_cls 0.4)")
     a("--temp", type=float, default=0.2, help="temperature of both contrasts (paper 0.2)")
     a("--patch_tokens", default="all", choices=["all", "masked"],
-      help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper "
-           "here")
+      help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper")
     a("--patch_negatives", default="others", choices=["others", "position"],
       help="[D] negatives of Eq. (2): all patches of the other images of this rank (paper), or those at the "
            "same position only")
