@@ -29,8 +29,10 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "default": [], "anchors masked": ["--patch_tokens", "masked"], "drop_align 1": ["--drop_align", "1"],
         "anchors masked, drop_align 1": ["--patch_tokens", "masked", "--drop_align", "1"],
         "negatives at the position": ["--patch_negatives", "position"],
+        "negatives at 6 places": ["--patch_negatives", "6"],
         "head norm none": ["--head_norm", "none"],
         "4 local crops": ["--local_crops_number", "4", "--local_crops_size", "24"],
+        "10 local crops": ["--local_crops_number", "10", "--local_crops_size", "24"],
         "factor 2 tau": ["--w_pat", "0.4", "--w_cls", "0.4"], "3 x pat": ["--w_pat", "3"]},
 }
 # the paper's Table 4, order rec, cls, pat: k-NN CLS, k-NN PAT, fine-tuned (ViT-S, ImageNet-100, 200 epochs)
@@ -66,7 +68,7 @@ def run_variant(name: str, options: list[str], seed: int, args: argparse.Namespa
         return read_lines(found)[-1]
     for data in ("coco", "voc"):
         if getattr(args, data):
-            r = measured("zeroshot.py", f"--{data}", getattr(args, data), "--limit", args.limit)
+            r = measured("zeroshot.py", f"--{data}", getattr(args, data), *args.zeroshot_options.split())
             row |= {data: r["best"], f"{data}_auto": r["auto"], f"{data}_overlap": r["overlap"]}
     if args.finetune:
         more = args.finetune_options.split()
@@ -167,7 +169,9 @@ def get_args(argv=None) -> argparse.Namespace:
     a("--work", metavar="DIR", help="folder of the runs and weights (default out/ablation/NAME of --out)")
     a("--coco", metavar="DIR", help="prompt segmentation and overlap on COCO val2017")
     a("--voc", metavar="DIR", help="the same on PASCAL VOC")
-    a("--limit", type=int, default=80, help="images of each (default 80)")
+    a("--zeroshot_options", default="--limit 80",
+      help="one string of options of zeroshot.py (default: --limit 80; '--size 240 --limit 80' gives patches "
+           "of 8 pixels the paper's 30 x 30 tokens)")
     a("--finetune", metavar="DIR", help="fine-tune each on this labelled folder")
     a("--finetune_options",
       default="--epochs 10 --warmup_epochs 1 --lr 2e-3 --augment none --mixup 0 --cutmix 0",

@@ -45,7 +45,7 @@ def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
 
 
 def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
-                   negatives: str = "others", block: int = 784) -> Tensor:
+                   negatives: str | int = "others", block: int = 784) -> Tensor:
     """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank,
     in one view.
 
@@ -55,7 +55,8 @@ def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = No
     q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here.
     anchors: (A,) index of each q among the B*N patches, None when A = B*N in order.
     negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the
-    grid.  The own image's other patches are neither positive nor negative.
+    grid; a number = only those at so many places, drawn anew by torch's generator, the same for all images.
+    The own image's other patches are neither positive nor negative.
     Plain form: tests/test_losses.py."""
     q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
     B, N, C = k.shape
@@ -64,36 +65,41 @@ def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = No
     if negatives == "position":
         logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau                       # (A, B)
         return F.cross_entropy(logits, anchors // N)
-    return PatchInfoNCE.apply(q, k, anchors, tau, block)
+    pool = k if negatives == "others" else k[:, torch.randperm(N)[:negatives].to(k.device)]   # (B, n, C)
+    return PatchInfoNCE.apply(q, k.flatten(0, 1), pool, anchors, anchors // N, tau, block)
 
 
 class PatchInfoNCE(torch.autograd.Function):
     """Exact blocked InfoNCE.  Only q needs a gradient, and that of a row needs that row only, so it is formed
-    in forward, `block` rows at a time, and no (A, B*N) matrix is ever kept."""
+    in forward, `block` rows at a time, and no (A, B*N) matrix is ever kept.
+
+    keys: (B*N, C), of which row `anchors` is the positive.  pool: (B, n, C) the negatives, those of
+    image `image` (A,) left out."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, anchors: Tensor, tau: float, block: int) -> Tensor:
-        B, N, C = k.shape
-        keys, dq, total = k.reshape(B * N, C), torch.empty_like(q), q.new_zeros(())
-        images, buffer = torch.arange(B, device=q.device), q.new_empty(min(block, len(q)), B * N)
+    def forward(ctx, q: Tensor, keys: Tensor, pool: Tensor, anchors: Tensor, image: Tensor, tau: float,
+                block: int) -> Tensor:
+        (B, n, _), dq, total = pool.shape, torch.empty_like(q), q.new_zeros(())
+        images, buffer = torch.arange(B, device=q.device), q.new_empty(min(block, len(q)), B * n)
+        pool = pool.flatten(0, 1)                                                             # (B*n, C)
         for start in range(0, len(q), block):
             rows = slice(start, start + block)
             own = keys[anchors[rows]]                                                       # (r, C) positives
             positive = (q[rows] * own).sum(-1) / tau                                          # (r,)
-            logits = torch.mm(q[rows] / tau, keys.T, out=buffer[:len(own)])                   # (r, B*N)
-            same = (anchors[rows] // N)[:, None] == images                                    # (r, B)
-            logits.view(-1, B, N).masked_fill_(same[:, :, None], -torch.inf)
+            logits = torch.mm(q[rows] / tau, pool.T, out=buffer[:len(own)])                   # (r, B*n)
+            same = image[rows, None] == images                                                # (r, B)
+            logits.view(-1, B, n).masked_fill_(same[:, :, None], -torch.inf)
             top = torch.maximum(logits.amax(-1), positive)                                    # for exp()
             p, p_own = logits.sub_(top[:, None]).exp_(), (positive - top).exp()
             z = p.sum(-1) + p_own                                              # (r,) Z_a of Eq. (2) / e^top
             total += (top + z.log() - positive).sum()
-            dq[rows] = (p @ keys + (p_own - z)[:, None] * own) / (z[:, None] * tau * len(q))
+            dq[rows] = (p @ pool + (p_own - z)[:, None] * own) / (z[:, None] * tau * len(q))
         ctx.save_for_backward(dq)
         return total / len(q)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad * ctx.saved_tensors[0], None, None, None, None
+        return grad * ctx.saved_tensors[0], *[None] * 6
 
 
 @torch.no_grad()

@@ -160,20 +160,21 @@ def per_image(f: Tensor) -> Tensor:
 
 def grayscale(x: Tensor) -> Tensor:
     """(B, 3, H, W) in 0..1 -> (B, 1, H, W) luma."""
-    return (x * torch.tensor(GREY, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = x.unbind(1)
+    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])[:, None]
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * per_image(factor)).clamp(0, 1)
+    return (x * per_image(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = grayscale(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(x), x, per_image(factor)).clamp(0, 1)
+    return torch.lerp(mean.expand_as(x), x, per_image(factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grayscale(x).expand_as(x), x, per_image(factor)).clamp(0, 1)
+    return torch.lerp(grayscale(x).expand_as(x), x, per_image(factor)).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -198,8 +199,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur each image with its own sigma (pixels), reflected at the borders.  Rows and columns are blurred by
     a product with a banded matrix, which is faster than a convolution with a different kernel per image. The
     kernel reaches 3 sigma of the largest sigma in the recipe, 13 taps at sigma 2, less on tiny images."""
-    return (blur_matrix(sigma, x.shape[2])[:, None] @ x
-            @ blur_matrix(sigma, x.shape[3])[:, None].transpose(-1, -2))
+    rows, columns = blur_matrix(sigma, x.shape[2]), blur_matrix(sigma, x.shape[3])
+    return rows[:, None] @ (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
 
 
 def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:

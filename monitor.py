@@ -156,8 +156,9 @@ class Guard:
     def watch_collapse(self, values: dict[str, float], step: int) -> None:
         """One warning when the teacher's keys have lost their spread, or the patch loss sits at
         ln(1 + negatives)."""
-        N = (self.args.global_crops_size // self.args.patch_size) ** 2
-        negatives = (self.args.batch_size - 1) * (N if self.args.patch_negatives == "others" else 1)
+        N, which = (self.args.global_crops_size // self.args.patch_size) ** 2, self.args.patch_negatives
+        places = {"others": N, "position": 1}.get(which) or min(which, N)
+        negatives = (self.args.batch_size - 1) * places
         signs = [f"{k} {values[k]:.3f} is near 0" for k in ("pat_std", "cls_std") if values.get(k, 1) < 0.05]
         if values.get("pat", 0) > 0.98 * math.log(1 + negatives):
             signs.append(f"pat {values['pat']:.3f} sits at ln(1 + {negatives}) = "
@@ -183,6 +184,7 @@ class Monitor(Guard):
     def __init__(self, args, images, val, device: torch.device):
         super().__init__(args, images, device)
         self.val, self.size, self.P = val, args.global_crops_size, args.patch_size
+        self.threshold = "auto"                                        # of the picture's masks
         self.labelled = val is not None and images.labels is not None and val.labels is not None
         if self.labelled and list(images.classes) != list(val.classes):
             raise ValueError(f"the classes of train ({len(images.classes)}) and val ({len(val.classes)}) "
@@ -208,7 +210,7 @@ class Monitor(Guard):
                                     workers=self.args.num_workers)
                 result = {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
             if hasattr(self.val, "scene"):
-                result["prompt_iou"] = self.prompt_iou(self.tokens(backbone))
+                result["prompt_iou"], self.threshold = self.prompt_iou(self.tokens(backbone))
             backbone.train()
         self.evaluating += time.time() - began
         if result:
@@ -222,12 +224,12 @@ class Monitor(Guard):
             return zeroshot.patch_features(backbone, normalize(image[None].to(self.device)))[0].cpu()
         return features
 
-    def prompt_iou(self, features) -> float:
-        """Best mean IoU over the thresholds, in percent, on 200 val scenes of the toy world; the targets are
-        the objects of one class together."""
+    def prompt_iou(self, features) -> tuple[float, float]:
+        """Best mean IoU over the thresholds, in percent, on 200 val scenes of the toy world, and its
+        threshold; the targets are the objects of one class together."""
         grid = (self.size // self.P, self.size // self.P)
         iou = zeroshot.prompt_iou(features, (self.scene(i) for i in range(min(200, len(self.val)))), grid)
-        return 100 * iou.max().item()
+        return 100 * iou.max().item(), zeroshot.THRESHOLDS[int(iou.argmax())]
 
     def scene(self, i: int) -> tuple[Tensor, Tensor]:
         s = self.val.scene(i)
@@ -250,7 +252,7 @@ class Monitor(Guard):
             def patch_colours(image):                                  # what one can do without any network
                 mean = patchify(normalize(image[None]), self.P)[0].unflatten(1, (3, -1)).mean(-1)
                 return F.normalize(mean, dim=-1)
-            results["prompt_iou_colours"] = self.prompt_iou(patch_colours)
+            results["prompt_iou_colours"] = self.prompt_iou(patch_colours)[0]
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         self.picture(student, teacher.backbone).save(self.out / "result.png")
@@ -265,7 +267,8 @@ class Monitor(Guard):
     @torch.no_grad()
     def picture(self, student, backbone, n: int = 6) -> Image.Image:
         """One row per held-out image: the clicked patch, similarity from its least to its largest, mask at
-        the automatic threshold, corrupted input, the student's reconstruction."""
+        the best threshold of the toy scenes, else the automatic one, corrupted input, the student's
+        reconstruction."""
         source, P, g = self.val if self.val is not None else self.images, self.P, self.size // self.P
         n, zoom = min(n, len(source)), max(1, figure.CELL // self.size)
         images = torch.stack([self.resized(i) if source is self.val else
@@ -291,11 +294,11 @@ class Monitor(Guard):
             at = self.click(i, g) if source is self.val else g * g // 2 + g // 2
             picture = photo(images[i])
             s = zeroshot.similarity_map(z[i], torch.tensor([[at]], device=z.device))
-            chosen = larger(zeroshot.segment(s).view(g, g), P * zoom).numpy()
+            chosen = larger(zeroshot.segment(s, self.threshold).view(g, g), P * zoom).numpy()
             low, similarity = s.min().item(), larger(s.view(g, g), P * zoom)
             cells = [("clicked patch", figure.marked(picture, (g, g), [(at % g, at // g)], [])),
                      (f"similarity, {low:.2f} to 1", figure.heat(similarity, low, 1)),
-                     ("mask (automatic threshold)", figure.cut_out(picture, chosen)),
+                     (f"mask, threshold {self.threshold}", figure.cut_out(picture, chosen)),
                      ("corrupted", photo(denormalize(corrupted[i])))]
             if student.h_rec is not None:
                 patches = student.h_rec(student.backbone(corrupted[i:i + 1])[0, backbone.num_prefix_tokens:])

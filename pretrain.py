@@ -36,8 +36,8 @@ PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on 
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=8, head_hidden_dim=256,
-           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=8, warmup_epochs=1, lr=4e-3,
-           momentum_teacher=0.8, num_workers=0)
+           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
+           momentum_teacher=0.8, w_cls=0.3, num_workers=0)
 HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
             "device", "data_root", "download", "val_data", "compile", "checkpointing", "force"}
 
@@ -177,6 +177,15 @@ def save(args, student: MMC, teacher: MMC, optimizer, step: int, per_epoch: int)
         shutil.copyfile(out / "backbone.pth", out / f"backbone_{step // per_epoch:04d}.pth")
 
 
+def negatives(text: str) -> str | int:
+    """Of --patch_negatives."""
+    if text in ("others", "position"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected others, position, or a number of 1 or more")
+    return int(text)
+
+
 def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -212,13 +221,14 @@ def get_parser() -> argparse.ArgumentParser:
     a("--w_rec", type=float, default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
     a("--w_pat", type=float, default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
     a("--w_cls", type=float, default=1.0,
-      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's 2*tau factor is --w_cls 0.4)")
+      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's 2*tau factor is --w_cls 0.4; toy 0.3)")
     a("--temp", type=float, default=0.2, help="temperature of both contrasts (paper 0.2)")
     a("--patch_tokens", default="all", choices=["all", "masked"],
       help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper")
-    a("--patch_negatives", default="others", choices=["others", "position"],
-      help="[D] negatives of Eq. (2): all patches of the other images of this rank (paper), or those at the "
-           "same position only")
+    a("--patch_negatives", type=negatives, default="others", metavar="WHICH",
+      help="[D] negatives of Eq. (2): others = all patches of the other images of this rank (paper); "
+           "position = those at the same place only; a number = those at so many random places, anew in "
+           "each step")
     a("--momentum_teacher", type=float, default=0.996,
       help="EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run needs a "
            "teacher that moves)")
@@ -263,7 +273,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--batch_size", type=int, default=48,
       help="images per rank (paper 48; toy 64); more are more negatives, fewer than 2 are none")
     a("--epochs", type=int,
-      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 8)")
+      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 6)")
     a("--warmup_epochs", type=int, default=10, help="linear warm-up (lineage 10; toy 1)")
     a("--lr", type=float, default=0.0005,
       help="learning rate per 256 images of global batch (lineage 5e-4; toy 4e-3)")

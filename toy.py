@@ -27,16 +27,16 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 # Knobs; after turning one, look at `--layout sheet`.
-TEXTURE_CONTRAST = 0.15      # std of luminance on objects; change this line to 0.06 (harder)
+TEXTURE_CONTRAST = 0.22      # std of luminance on objects; change this line to 0.06 (harder)
 TEXTURE_SCALE = (0.9, 1.15)  # magnification, hides frequency; change this line to (0.6, 1.8) (harder)
 POLARITY_FLIP = 0.0          # share of objects with light and dark swapped; change this line to 0.5 (harder)
 DEFORM = 0.05                # bending of silhouettes; change this line to 0.25 (harder)
-COVERAGE = (0.44, 0.62)      # of the image by its class; change this line to (0.1, 0.2) (harder)
+COVERAGE = (0.38, 0.54)      # of the image by its class; change this line to (0.1, 0.2) (harder)
 DISTRACTOR = 0.4             # share of scenes with an object of another class; change this line to 0 (easier)
 TILT = 0.25                  # radians by which texture leans; change this line to 3.14 (much harder)
-LIGHT = 0.08                 # std of the lights' brightness; change this line to 0 (easier)
+LIGHT = 0.13                 # std of the lights' brightness; change this line to 0 (easier)
 CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
-OWN = 0.06                   # strength of each surface's own hue; change this line to 0 (harder)
+OWN = 0.13                   # strength of each surface's own hue; change this line to 0 (harder)
 BACKDROP = 0.06              # amplitude of each wave of the background; change this line to 0 (smooth)
 WAVES = (5, 10)              # its wavelengths, toy pixels
 SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder

@@ -90,6 +90,30 @@ def test_patch_contrast_at_the_same_position():
     assert patch_contrast(q, k, TAU, negatives="position").item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("block", [5, 784])
+def test_patch_contrast_with_some_negatives(block):
+    """Two of six places: as in the equation with the other places' negatives left out; positives of all."""
+    q, k = torch.randn(24, 16, requires_grad=True), torch.randn(4, 6, 16)
+    places = torch.manual_seed(3) and torch.randperm(6)[:2]
+    torch.manual_seed(3)
+    loss = patch_contrast(q, k, TAU, negatives=2, block=block)
+    loss.backward()
+    p = q.detach().clone().requires_grad_()
+    s = torch.einsum("ac,bnc->abn", F.normalize(p, dim=-1), F.normalize(k, dim=-1)) / TAU   # (24, 4, 6)
+    image, place = torch.arange(24) // 6, torch.arange(24) % 6
+    rows = []
+    for a in range(24):
+        others = [b for b in range(4) if b != image[a]]
+        rows.append(F.cross_entropy(torch.cat([s[a, image[a], place[a]][None],
+                                               s[a, others][:, places].flatten()])[None], torch.tensor([0])))
+    plain = torch.stack(rows).mean()
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert torch.allclose(q.grad, p.grad, atol=1e-6) and p.grad.abs().max() > 1e-3
+    every, capped = patch_contrast(q, k, TAU), patch_contrast(q, k, TAU, negatives=99)
+    assert capped.item() == pytest.approx(every.item(), abs=1e-5)
+
+
 def test_collapse_is_log_of_the_number_of_negatives():
     same = torch.ones(4 * 9, 8)
     assert patch_contrast(same, same.view(4, 9, 8), TAU).item() == pytest.approx(
