@@ -160,7 +160,7 @@ def get_args(argv=None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = p.add_argument
+    p.error, a = distributed.fail, p.add_argument
     a("--study", default="table4", choices=list(STUDIES),
       help="which variants (default table4: which losses are on)")
     a("--variants", nargs="+", metavar="NAME", help="only these of the study, such as 111 010")

@@ -274,6 +274,7 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = distributed.fail
     p.add_argument("--only", nargs="+", choices=list(PARTS), help="these parts (default: all)")
     p.add_argument("--arch", default="vit_s", help="vit_micro, vit_t, vit_s, vit_b")
     p.add_argument("--crops", type=int, default=224, help="pixels of a global crop")

@@ -324,7 +324,7 @@ def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:
 
 def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = p.add_argument_group("weights and data").add_argument
+    p.error, a = distributed.fail, p.add_argument_group("weights and data").add_argument
     a("--ckpt", help="checkpoint of any method, or random:ARCH/PATCH for training from scratch")
     a("--checkpoint_key", help="weights other than the teacher's, by their name in the file")
     a("--eval", metavar="FILE",

@@ -188,6 +188,7 @@ def negatives(text: str) -> str | int:
 
 def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = distributed.fail
 
     a = p.add_argument_group("data").add_argument
     a("--data",

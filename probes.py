@@ -284,12 +284,13 @@ def knn_main(args: argparse.Namespace) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.error = distributed.fail
     sub = parser.add_subparsers(dest="probe", required=True)
 
     def probe(name: str, text: str, description: str):
         p = sub.add_parser(name, help=text, description=description,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-        a = p.add_argument
+        p.error, a = distributed.fail, p.add_argument
         a("--ckpt", required=True,
           help="checkpoint of any method, or random:ARCH/PATCH for the untrained row")
         a("--checkpoint_key", help="weights other than the teacher's, by their name in the file")

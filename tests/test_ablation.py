@@ -18,7 +18,7 @@ def test_variants_are_options_of_pretrain():
     assert set(ablation.STUDIES["table4"]) == set(ablation.PAPER)
     for name, options in ablation.STUDIES["table4"].items():
         args = get_args(options)
-        assert name == "".join(str(int(w)) for w in (args.w_rec, args.w_cls, args.w_pat))
+        assert name == "".join(str(int(w > 0)) for w in (args.w_rec, args.w_cls, args.w_pat))
 
 
 def row(variant, seed, value):

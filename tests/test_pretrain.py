@@ -1,6 +1,7 @@
 """Proves: the schedules and groups are what they say; every combination of losses trains the right parts; an
 interrupted run equals an unbroken one, bit for bit; NaN, broken images, other options and wrong arguments end
 in one clear line."""
+import importlib
 import json
 import math
 import os
@@ -354,6 +355,16 @@ def test_a_mistake_ends_with_code_2_and_one_line(tmp_path):
     (tmp_path / "texts" / "a.txt").write_text("hello")
     p = run(tmp_path / "texts", tmp_path / "out")
     assert p.returncode == 2 and p.stderr.count("\n") == 1 and "holds no image" in p.stderr
+
+
+@pytest.mark.parametrize(("script", "wrong"), [
+    ("pretrain", ["--patch_negatives", "0"]), ("pretrain", ["--nonsense", "1"]),
+    ("finetune", ["--epochs", "x"]), ("zeroshot", []), ("davis", ["--topk", "x"]), ("probes", ["knn"]),
+    ("probes", ["nothing"])])
+def test_a_wrong_option_is_one_line(script, wrong, capsys):
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(script).get_parser().parse_args(wrong)
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_help_documents_every_option():
