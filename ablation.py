@@ -33,7 +33,8 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "head norm none": ["--head_norm", "none"],
         "4 local crops": ["--local_crops_number", "4", "--local_crops_size", "24"],
         "10 local crops": ["--local_crops_number", "10", "--local_crops_size", "24"],
-        "factor 2 tau": ["--w_pat", "0.4", "--w_cls", "0.4"], "3 x pat": ["--w_pat", "3"]},
+        "factor 2 tau": ["--w_pat", "0.4", "--w_cls", "0.12"],         # of the toy's 1 and 0.3
+        "w_cls 1": ["--w_cls", "1"], "w_pat 3": ["--w_pat", "3"], "w_rec 3": ["--w_rec", "3"]},
 }
 # the paper's Table 4, order rec, cls, pat: k-NN CLS, k-NN PAT, fine-tuned (ViT-S, ImageNet-100, 200 epochs)
 PAPER = {"100": (17.2, 14.7, 89.9), "010": (75.0, 63.9, 90.6), "001": (39.9, 40.8, 87.8),
