@@ -10,6 +10,7 @@ OUT/results.jsonl; the same command leaves out what is there and goes on with a 
 weights are kept in --work.  OUT/table.md and OUT/curves.png are drawn anew after each run."""
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,13 @@ COLUMNS = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "toy prom
 def call(script: str, *options: str) -> None:
     """Run one of our scripts.  Raises ValueError with its exit code if it does not end well."""
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, options)]
-    code = subprocess.run(command).returncode
+    process = subprocess.Popen(command)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:                                          # the script was told, too, and saves
+        code = process.wait()
+    signal.signal(signal.SIGTERM, before)
     if code:
         raise ValueError(f"{' '.join(command[1:])} ended with code {code}; start the same command to go on")
 
@@ -59,8 +66,9 @@ def run_variant(name: str, options: list[str], seed: int, args: argparse.Namespa
     call("pretrain.py", "--output_dir", work, "--seed", seed, *args.pretrain, *options)
     row = {"study": args.study, "variant": name, "seed": seed, "options": args.pretrain + options,
            **json.loads((work / "results.json").read_text())}
-    row["curve"] = [[x["epoch"], x["knn_cls"], x["knn_pat"]] for x in read_lines(work / "log.jsonl")
-                    if "knn_cls" in x]
+    found = {x["epoch"]: [x["epoch"], x["knn_cls"], x["knn_pat"]] for x in read_lines(work / "log.jsonl")
+             if "knn_cls" in x}                                        # an epoch that ran twice counts once
+    row["curve"] = [found[epoch] for epoch in sorted(found)]
 
     def measured(script, *more) -> dict:
         found = work / "evaluation.jsonl"
@@ -123,9 +131,9 @@ def curves(rows: list[dict], study: str) -> Image.Image:
         for epoch in (0, last):
             draw.text((at(epoch, 0)[0], bottom + 5 * k), str(epoch), fill="black", font=font, anchor="ma")
         for i, name in enumerate(n for n in STUDIES[study] if any(r["variant"] == n for r in rows)):
-            mine = [r["curve"] for r in rows if r["variant"] == name]
-            line = [at(points[0][0], statistics.mean(p[1 + panel] for p in points))
-                    for points in zip(*mine, strict=False)]
+            mine = [{p[0]: p[1 + panel] for p in r["curve"]} for r in rows if r["variant"] == name]
+            shared = sorted(set.intersection(*map(set, mine)))                              # epochs
+            line = [at(epoch, statistics.mean(m[epoch] for m in mine)) for epoch in shared]
             colour = tuple(COLOURS[i % len(COLOURS)].tolist())
             draw.line(line, fill=colour, width=2 * k, joint="curve")
             if panel:
@@ -149,7 +157,11 @@ def main(args: argparse.Namespace) -> None:
     chosen = {k: v for k, v in STUDIES[args.study].items() if k in (args.variants or STUDIES[args.study])}
     for seed in args.seeds:
         for name, options in chosen.items():
-            if any((r["variant"], r["seed"]) == (name, seed) for r in read_lines(file)):
+            done = [r for r in read_lines(file) if (r["variant"], r["seed"]) == (name, seed)]
+            if any(r["options"] != args.pretrain + options for r in done):
+                raise ValueError(f"{file}: {name}, seed {seed}, was run with other options, "
+                                 f"{' '.join(done[0]['options']) or 'none'}: give another --out")
+            if done:
                 continue
             print(f"{args.study} {name}, seed {seed}", flush=True)
             distributed.append_json(file, run_variant(name, options, seed, args))

@@ -255,7 +255,7 @@ def bench_step(args, device) -> dict:
     parts = {k: statistics.median(v[1:-2]) / median for k, v in spent.items()}
     print("  " + "  ".join(f"{k} {100 * v:.0f} %" for k, v in parts.items()))
     return {"images_per_s": round(args.batch_size / median, 3), "share_of_peak": round(share, 3),
-            "mib": round(memory),
+            "mib": round(memory, 1),
             "parts": {k: round(v, 3) for k, v in parts.items()}}
 
 

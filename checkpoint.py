@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distributed import is_main, world_size
+from distributed import everywhere, is_main, world_size
 from model import ViT, vit
 
 TEACHERS = ("teacher", "target_encoder", "momentum_encoder", "ema")  # preferred, in this order, over the rest
@@ -103,6 +103,10 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
         raise ValueError(f"--output_dir {out}: cannot be made ({e.strerror})") from e
     options = json.loads(json.dumps(vars(args) | {"world_size": world_size()}))
     content = load(last) if last.exists() else None
+    steps = everywhere(content and content.get("step"))
+    if len(set(steps)) > 1:
+        raise ValueError(f"{last}: the ranks find steps {steps} in it: --output_dir must be one folder that "
+                         "all machines share")
     if content is not None:
         if "options" not in content:
             raise ValueError(f"{last}: not written by this script; give another --output_dir")

@@ -42,6 +42,11 @@ def generator_of(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; on CUDA without waiting for the copy, which is not safe elsewhere (MPS)."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def normalize(x: Tensor) -> Tensor:
     """uint8 0..255 or float 0..1 (..., 3, H, W) -> float32 normalised by ImageNet's mean and deviation."""
     x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -128,13 +133,14 @@ class Named:
     def __init__(self, name: str, split: str, root: str, download: bool):
         cls, splits, targets = NAMED[name]
         try:
-            kind = cls(root, **splits[split], download=download)
+            with distributed.main_first():                             # or the ranks would write one file
+                kind = cls(root, **splits[split], download=download)
         except RuntimeError as e:
             hint = "add --download" if not download else str(e).splitlines()[0]
             raise ValueError(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
         self.kind, self.split, self.title = kind, split, name
         labels = next(getattr(kind, t) for t in targets if hasattr(kind, t))
-        self.labels = [int(x) for x in labels]
+        self.labels = [int(x[-1] if isinstance(x, tuple) else x) for x in labels]
         self.classes = [str(c) for c in getattr(kind, "classes", sorted(set(self.labels)))]
 
     def __len__(self) -> int:
@@ -205,6 +211,15 @@ class Part:
 
     def name(self, i: int) -> str:
         return self.images.name(self.index[i])
+
+
+def labelled(images, where: str):
+    """The source itself, without what has no label (STL-10 has such).  Raises ValueError."""
+    if images.labels is None:
+        raise ValueError(f"{where}: no classes, or one only; expected two or more class folders, DIR/CLASS/* "
+                         "or DIR/train/CLASS/*")
+    known = [i for i, y in enumerate(images.labels) if y >= 0]
+    return images if len(known) == len(images) else Part(images, known)
 
 
 class Views(Dataset):

@@ -151,6 +151,8 @@ def track(vit: ViT, frames: Iterable[Tensor], first: np.ndarray, n_last_frames: 
 def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

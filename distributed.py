@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -52,6 +53,26 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+@contextmanager
+def main_first():
+    """Rank 0 runs the block before the others do."""
+    if rank():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and is_main():
+            dist.barrier()
+
+
+def everywhere(value) -> list:
+    """The small object that each rank brings."""
+    out = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(out, value)
+    return out
 
 
 def say(*words) -> None:

@@ -72,12 +72,16 @@ def extract_features(vit: ViT, images, size: int, device: torch.device, batch_si
                             worker_init_fn=init_worker)
         found, labels = [{"cls": [], "pat": []} for _ in blocks], []
         for x, y, ok in loader:
+            if not ok.any():
+                continue
             for kept, tokens in zip(found, vit.intermediate(normalize(x[ok].to(device)), blocks, norm=True),
                                     strict=True):                                             # (B, T, D)
                 kept["cls"].append(F.normalize(tokens[:, 0].float(), dim=-1).cpu())
                 pat = tokens[:, vit.num_prefix_tokens:].float().mean(1)
                 kept["pat"].append(F.normalize(pat, dim=-1).cpu())
             labels.append(y[ok])
+        if not labels:
+            raise ValueError(f"none of the {len(images)} images can be read")
         found, labels = [{k: torch.cat(v) for k, v in kept.items()} for kept in found], torch.cat(labels)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

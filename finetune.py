@@ -37,14 +37,17 @@ import figure
 from augment import AUGMENTS, mix, soft_targets
 from checkpoint import load_backbone
 from data import (
+    BadImage,
     Part,
     Views,
     generator_of,
     init_worker,
+    labelled,
     normalize,
     open_images,
     same_classes,
     seed_of,
+    to_device,
     train_loader,
 )
 from distributed import say, unwrap
@@ -130,15 +133,6 @@ def chosen(images, fraction: float | None, shots: int | None, seed: int):
     return Part(images, sorted(kept))
 
 
-def labelled(images, where: str):
-    """The source itself, without what has no label (STL-10 has such).  Raises ValueError."""
-    if images.labels is None:
-        raise ValueError(f"{where}: no classes, or one only; expected two or more class folders, DIR/CLASS/* "
-                         "or DIR/train/CLASS/*")
-    known = [i for i, y in enumerate(images.labels) if y >= 0]
-    return images if len(known) == len(images) else Part(images, known)
-
-
 def open_split(args) -> tuple:
     """Labelled train and val images, without --fraction and --shots; of --eval, any labelled folder is val.
     Raises ValueError where they do not fit together."""
@@ -209,7 +203,7 @@ def train(model, optimizer, loader, val, args, device, state: dict,
         for batch in loader:
             torch.manual_seed(seed_of(args.seed, "drop_path", step, distributed.rank()))
             rng = np.random.default_rng(seed_of(args.seed, "mix", step, distributed.rank()))
-            x = normalize(batch["image"].to(device, non_blocking=True))
+            x = normalize(to_device(batch["image"], device))
             y = soft_targets(labels[batch["read"]].to(device), classes, args.smoothing)
             x, y = mix(x, y, rng, args.mixup, args.cutmix)
 
@@ -316,7 +310,10 @@ def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:
     def photo(x):
         return x.permute(1, 2, 0).numpy()
     for i in torch.linspace(0, len(train) - 1, n).long().tolist():
-        test = centre_crop(train.read(i), args.size, round(args.size * 256 / 224))
+        try:
+            test = centre_crop(train.read(i), args.size, round(args.size * 256 / 224))
+        except BadImage:
+            continue
         rows.append((f"{train.classes[train.labels[i]]}", [("test", photo(test))] + [
             (f"train, epoch {e}", photo(views[e, i]["image"])) for e in range(draws)]))
     return figure.sheet(rows)

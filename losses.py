@@ -45,7 +45,7 @@ def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
 
 
 def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
-                   negatives: str | int = "others", block: int = 784) -> Tensor:
+                   negatives: str | int = "others", block: int = 392) -> Tensor:
     """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank,
     in one view.
 
@@ -80,20 +80,20 @@ class PatchInfoNCE(torch.autograd.Function):
     def forward(ctx, q: Tensor, keys: Tensor, pool: Tensor, anchors: Tensor, image: Tensor, tau: float,
                 block: int) -> Tensor:
         (B, n, _), dq, total = pool.shape, torch.empty_like(q), q.new_zeros(())
-        images, buffer = torch.arange(B, device=q.device), q.new_empty(min(block, len(q)), B * n)
-        pool = pool.flatten(0, 1)                                                             # (B*n, C)
+        pool, buffer = pool.flatten(0, 1), q.new_empty(2, min(block, len(q)), B * n)         # (B*n, C)
         for start in range(0, len(q), block):
-            rows = slice(start, start + block)
-            own = keys[anchors[rows]]                                                       # (r, C) positives
+            rows = slice(start, min(start + block, len(q)))
+            r = torch.arange(rows.stop - start, device=q.device)
+            own, b = keys[anchors[rows]], image[rows]                          # (r, C) positives; (r,)
             positive = (q[rows] * own).sum(-1) / tau                                          # (r,)
-            logits = torch.mm(q[rows] / tau, pool.T, out=buffer[:len(own)])                   # (r, B*n)
-            same = image[rows, None] == images                                                # (r, B)
-            logits.view(-1, B, n).masked_fill_(same[:, :, None], -torch.inf)
-            top = torch.maximum(logits.amax(-1), positive)                                    # for exp()
-            p, p_own = logits.sub_(top[:, None]).exp_(), (positive - top).exp()
-            z = p.sum(-1) + p_own                                              # (r,) Z_a of Eq. (2) / e^top
-            total += (top + z.log() - positive).sum()
-            dq[rows] = (p @ pool + (p_own - z)[:, None] * own) / (z[:, None] * tau * len(q))
+            logits = torch.mm(q[rows] / tau, pool.T, out=buffer[0, :len(r)])                  # (r, B*n)
+            logits.view(-1, B, n)[r, b] = -torch.inf
+            logits[r, b * n] = positive                                # in place of one of the own image's
+            p = torch.softmax(logits, -1, out=buffer[1, :len(r)])
+            p_own = p[r, b * n]                                                # (r,) exp(positive) / Z_a
+            p[r, b * n] = 0
+            total -= p_own.clamp(min=1e-38).log().sum()
+            dq[rows] = (p @ pool + (p_own - 1)[:, None] * own) / (tau * len(q))
         ctx.save_for_backward(dq)
         return total / len(q)
 

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import normalize
+from data import normalize, to_device
 from model import patchify
 
 MAX_BLOCKS = 256                             # 75 % of the area takes about 82 blocks of up to 0.3 of the side
+                                               # (smaller blocks: more of them, in proportion to their area)
 GREY = (0.2989, 0.587, 0.114)                  # Rec. 601 luma, as torchvision rounds it
 
 
@@ -92,6 +93,7 @@ class MultiCrop:
 
     def __init__(self, augmentation: Augmentation, corruption: GMML):
         self.a, self.c = augmentation, corruption
+        self.blocks = max(MAX_BLOCKS, math.ceil(MAX_BLOCKS * (0.3 / corruption.block) ** 2))
 
     def __call__(self, image: Tensor, g: torch.Generator) -> dict[str, Tensor]:
         a, n = self.a, self.a.local_number
@@ -122,9 +124,9 @@ class MultiCrop:
         kind (2, 2) float64: where to look for the alien (0 ... 1, or -1 for noise), the seed of the noise."""
         a, c, cells = self.a, self.c, self.a.global_size // self.c.align
         largest = max(1, int(c.block * cells))
-        size = 1 + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * largest).long().clamp(max=largest - 1)
+        size = 1 + (torch.rand(2, self.blocks, 2, generator=g) * largest).long().clamp(max=largest - 1)
         low = 1 - size if c.even else torch.zeros_like(size)
-        start = low + (torch.rand(2, MAX_BLOCKS, 2, generator=g) * (cells - low)).long()
+        start = low + (torch.rand(2, self.blocks, 2, generator=g) * (cells - low)).long()
         r = torch.rand(2, 3, generator=g, dtype=torch.float64)
         noise = r[:, 0] < c.noise_p
         area = torch.where(noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]),
@@ -219,8 +221,8 @@ def colour(x: Tensor, draw: Tensor) -> Tensor:
     """(B, 3, S, S) uint8 -> float32 normalised, coloured by the rows of `draw` (B, 11), which stays on the
     CPU: the images that an op touches are chosen there, so the device never waits."""
     def chosen(mask):
-        return mask.nonzero().flatten().to(x.device, non_blocking=True)
-    values = draw.to(x.device, non_blocking=True)
+        return to_device(mask.nonzero().flatten(), x.device)
+    values = to_device(draw, x.device)
     x = x.float() / 255
     ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])

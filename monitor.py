@@ -23,7 +23,7 @@ import distributed
 import figure
 import probes
 import zeroshot
-from data import Part, denormalize, normalize
+from data import BadImage, Part, denormalize, labelled, normalize
 from distributed import say
 from features import centre_crop
 from masking import GMML, Augmentation, MultiCrop, gmml
@@ -55,7 +55,7 @@ class Guard:
             raise ValueError(f"--save_every {every}: expected steps (500) or minutes (15m)") from e
         self.started = self.saved = time.time()
         self.seen, self.evaluating = 0, 0.0                            # images; seconds of evaluations
-        self.warned, self.before = False, None
+        self.warned, self.before, self.due = False, None, False
         self.late, self.unread = device.type == "cuda", []             # flags that are still on their way
 
     def elapsed(self) -> float:
@@ -74,9 +74,11 @@ class Guard:
         a save keeps what follows a bad step out of it.  Elsewhere it is read before the weights change."""
         finite = torch.stack([log["loss"], log["grad_norm"]]).isfinite().all()
         self.note_bad([i for i in batch["bad"].tolist() if i >= 0])
-        flags = torch.tensor([float(stop.asked), 0.0, float(len(self.bad))]).to(self.device)
+        due = distributed.is_main() and time.time() - self.saved >= self.save_seconds
+        self.saved = time.time() if due else self.saved
+        flags = torch.tensor([float(stop.asked), 0.0, float(len(self.bad)), float(due)]).to(self.device)
         flags[1] = ~finite
-        flags = distributed.all_sum(flags).to("cpu", non_blocking=True)
+        flags = distributed.all_sum(flags).to("cpu", non_blocking=self.late)
         arrived = torch.cuda.Event() if self.device.type == "cuda" else None
         if arrived:
             arrived.record()
@@ -94,7 +96,7 @@ class Guard:
             step: int) -> None:
         if arrived:
             arrived.synchronize()
-        asked, broken, bad = flags.tolist()
+        asked, broken, bad, due = flags.tolist()
         if broken:
             values = ", ".join(f"{k} {v.item():.4g}" for k, v in log.items())
             files = ", ".join(self.images.name(i) for i in index.tolist())
@@ -106,7 +108,7 @@ class Guard:
             distributed.fail(f"{bad:.0f} of {len(self.images)} images are unreadable, more than --max_bad "
                              f"{self.args.max_bad:g}; their names are in {self.out / 'bad_images.txt'}",
                              together=True)
-        self.stopping = asked > 0
+        self.stopping, self.due = asked > 0, self.due or due > 0
 
     def note_bad(self, indices: list[int]) -> None:
         """Name unreadable images in bad_images.txt, each once."""
@@ -126,9 +128,8 @@ class Guard:
         self.bad = set()
 
     def time_to_save(self, step: int) -> bool:
-        due = (step % self.save_steps == 0 if self.save_steps else
-               time.time() - self.saved >= self.save_seconds)
-        self.saved = time.time() if due else self.saved
+        """By the number of steps, or by rank 0's clock as `check` told all ranks."""
+        due, self.due = step % self.save_steps == 0 if self.save_steps else self.due, False
         return due
 
     def write(self, line: dict) -> None:
@@ -186,6 +187,7 @@ class Monitor(Guard):
         self.val, self.size, self.P = val, args.global_crops_size, args.patch_size
         self.threshold = "auto"                                        # of the picture's masks
         self.labelled = val is not None and images.labels is not None and val.labels is not None
+        self.known = labelled(images, "train images") if self.labelled else None
         if self.labelled and list(images.classes) != list(val.classes):
             raise ValueError(f"the classes of train ({len(images.classes)}) and val ({len(val.classes)}) "
                              "differ: k-NN cannot compare them")
@@ -205,7 +207,7 @@ class Monitor(Guard):
         if distributed.is_main() and self.val is not None:
             backbone.eval()
             if self.labelled:
-                train, val = thin(self.images, 50_000), thin(self.val, 10_000)
+                train, val = thin(self.known, 50_000), thin(self.val, 10_000)
                 knn = probes.knn_of(backbone, train, val, self.size, self.device, [10],
                                     workers=self.args.num_workers)
                 result = {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
@@ -255,29 +257,39 @@ class Monitor(Guard):
             results["prompt_iou_colours"] = self.prompt_iou(patch_colours)[0]
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        self.picture(student, teacher.backbone).save(self.out / "result.png")
+        picture = self.picture(student, teacher.backbone)
+        if picture is not None:
+            picture.save(self.out / "result.png")
         names = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU"}
         said = [f"{n} {results[k + '_untrained'] or 0:.1f} -> {results[k]:.1f} %"
                 for k, n in names.items() if k in results]
         if "prompt_iou_colours" in results:
             said[-1] += f" (raw colours {results['prompt_iou_colours']:.1f} %)"
         found = f": {', '.join(said)}" if said else ""
-        say(f"done in {seconds:.0f} s{found}; look at {self.out / 'result.png'}")
+        look = f"look at {self.out / 'result.png'}" if picture else "no picture: fewer than 2 readable images"
+        say(f"done in {seconds:.0f} s{found}; {look}")
 
     @torch.no_grad()
-    def picture(self, student, backbone, n: int = 6) -> Image.Image:
+    def picture(self, student, backbone, n: int = 6) -> Image.Image | None:
         """One row per held-out image: the clicked patch, similarity from its least to its largest, mask at
         the best threshold of the toy scenes, else the automatic one, corrupted input, the student's
-        reconstruction."""
+        reconstruction.  None where fewer than two images can be read."""
         source, P, g = self.val if self.val is not None else self.images, self.P, self.size // self.P
-        n, zoom = min(n, len(source)), max(1, figure.CELL // self.size)
-        images = torch.stack([self.resized(i) if source is self.val else
-                              centre_crop(self.images.read(i), self.size, self.size)
-                              for i in range(n)])
-        x = normalize(images.to(self.device))
+        zoom, images = max(1, figure.CELL // self.size), {}            # number: pixels
+        for i in range(len(source)):
+            try:
+                images[i] = (self.resized(i) if source is self.val else
+                             centre_crop(self.images.read(i), self.size, self.size))
+            except BadImage:
+                continue
+            if len(images) == n:
+                break
+        if len(images) < 2:
+            return None
+        x = normalize(torch.stack(list(images.values())).to(self.device))
         crop = MultiCrop(Augmentation(self.size, local_number=0),
                          GMML(0.0, block=0.3, align=self.args.drop_align))
-        draws = [crop.draw_masks(torch.Generator().manual_seed(i)) for i in range(n)]
+        draws = [crop.draw_masks(torch.Generator().manual_seed(i)) for i in images]
         mask, kind = (torch.stack([d[k][0] for d in draws]) for k in ("mask", "kind"))
         mask = mask.to(self.device)
         corrupted = gmml(x, mask, kind)
@@ -290,9 +302,9 @@ class Monitor(Guard):
         def photo(image: Tensor):
             return larger(image, zoom).permute(1, 2, 0).numpy()
         rows = []
-        for i in range(n):
-            at = self.click(i, g) if source is self.val else g * g // 2 + g // 2
-            picture = photo(images[i])
+        for i, number in enumerate(images):
+            at = self.click(number, g) if source is self.val else g * g // 2 + g // 2
+            picture = photo(images[number])
             s = zeroshot.similarity_map(z[i], torch.tensor([[at]], device=z.device))
             chosen = larger(zeroshot.segment(s, self.threshold).view(g, g), P * zoom).numpy()
             low, similarity = s.min().item(), larger(s.view(g, g), P * zoom)
@@ -304,7 +316,7 @@ class Monitor(Guard):
                 patches = student.h_rec(student.backbone(corrupted[i:i + 1])[0, backbone.num_prefix_tokens:])
                 painted = unpatchify(patches[None].float(), P, g, g)[0]
                 cells.append(("reconstruction", photo(denormalize(torch.where(mask[i], painted, x[i])))))
-            rows.append((source.name(i), cells))
+            rows.append((source.name(number), cells))
         return figure.sheet(rows)
 
     def click(self, i: int, g: int) -> int:

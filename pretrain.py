@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data import Views, open_images, seed_of, train_loader
+from data import Views, open_images, seed_of, to_device, train_loader
 from distributed import say, unwrap
 from losses import global_contrast, mean_cosines, patch_contrast, reconstruction
 from masking import GMML, Augmentation, MultiCrop, colour, gmml, mask_to_patches
@@ -58,12 +58,12 @@ def corrupted_views(batch: dict, args, device) -> tuple[Tensor, Tensor, Tensor, 
     """Colour and corrupt a batch: clean and corrupted views (V*B, 3, S, S), mask (V*B, S, S), local crops or
     None.  Each view is corrupted by itself, so that alien pixels never come from the same image."""
     draw = batch["colour"]
-    clean = colour(view_by_view(batch["global"].to(device, non_blocking=True)), view_by_view(draw[:, :2]))
-    mask = batch["mask"].to(device, non_blocking=True)
+    clean = colour(view_by_view(to_device(batch["global"], device)), view_by_view(draw[:, :2]))
+    mask = to_device(batch["mask"], device)
     views = [gmml(x, mask[:, v], batch["kind"][:, v]) for v, x in enumerate(clean.chunk(2))]
     local = None
     if args.local_crops_number and args.w_cls:
-        local = colour(view_by_view(batch["local"].to(device, non_blocking=True)), view_by_view(draw[:, 2:]))
+        local = colour(view_by_view(to_device(batch["local"], device)), view_by_view(draw[:, 2:]))
     return clean, torch.cat(views), view_by_view(mask), local
 
 
@@ -72,7 +72,7 @@ def tokens_to_read(mask: Tensor, args, device) -> tuple[Tensor, list[Tensor | No
     Eq. (2) per view, numbered within the view, and joined (None: all patches).  mask: (V*B, S, S) on the
     CPU, or the device would have to wait for the numbers."""
     def indices(chosen: Tensor) -> Tensor:
-        return chosen.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        return to_device(chosen.flatten().nonzero()[:, 0], device)
     rec = indices(mask_to_patches(mask, args.patch_size, 0))
     if args.patch_tokens == "all":
         return rec, [None, None], None
@@ -153,7 +153,7 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
             if monitor.stopping:
                 bar.close()
                 distributed.fail(f"stopped by a signal after step {step}, saved; start the same command "
-                                 "again to go on", distributed.STOPPED)
+                                 "again to go on", distributed.STOPPED, together=True)
         monitor.epoch_end(epoch + 1, teacher.backbone)
     bar.close()
 
@@ -305,7 +305,7 @@ def get_parser() -> argparse.ArgumentParser:
       help="epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
     a("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
     a("--knn_every", type=int,
-      help="epochs between k-NN evaluations of the teacher, 0 for never (default: 10; toy 2)")
+      help="epochs between k-NN evaluations of the teacher, 0: only before and after (default: 10; toy 2)")
     return p
 
 

@@ -34,7 +34,7 @@ import retrieval
 import zeroshot
 from checkpoint import load_backbone
 from coco import Coco, ToyScenes, Voc
-from data import BadImage, denormalize, generator_of, normalize, open_images, same_classes
+from data import BadImage, denormalize, generator_of, labelled, normalize, open_images, same_classes
 from features import CentreCrop, centre_crop, crop_size, extract_features
 from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
@@ -267,7 +267,7 @@ def open_pair(args):
         raise ValueError(f"--data {args.data}: k-NN needs class folders and a val split: "
                          "DIR/train/CLASS/*, DIR/val/CLASS/*, or give --val_data")
     same_classes(train.classes, val.classes, "train and val")
-    return train, val
+    return labelled(train, "train images"), labelled(val, "val images")
 
 
 def knn_main(args: argparse.Namespace) -> None:

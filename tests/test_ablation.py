@@ -63,6 +63,22 @@ def test_a_study_runs_once_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "results.jsonl").read_text() == found
 
 
+def test_curves_join_the_epochs_that_all_seeds_have():
+    holes = [row("111", 0, 30.0), row("111", 1, 32.0)]
+    holes[1]["curve"] = [[2, 32.0, 64.0]]
+    whole = [row("111", 0, 30.0), row("111", 1, 32.0)]
+    for r in whole:
+        r["curve"] = r["curve"][1:]
+    a, b = (ablation.curves(rows, "table4").tobytes() for rows in (holes, whole))
+    assert a == b
+
+
+def test_a_run_with_other_options_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(row("100", 0, 30.0) | {"options": ["--epochs", "9"]}))
+    with pytest.raises(ValueError, match="other options, --epochs 9"):
+        ablation.main(ablation.get_args(["--out", str(tmp_path), "--variants", "100"]))
+
+
 def test_a_wrong_name_is_named():
     with pytest.raises(ValueError, match="--variants 222: table4 has 111"):
         ablation.get_args(["--out", "x", "--variants", "222"])

@@ -151,6 +151,19 @@ def test_named_set_without_network(tmp_path, monkeypatch):
             and source.name(2) == "cifar10/val/2")
 
 
+def test_labels_that_stand_beside_the_file_and_labels_that_are_unknown(tmp_path, monkeypatch):
+    """torchvision's cars keep (file, label) pairs; STL-10 marks images without a label by -1."""
+    class Fake:
+        _samples = [("a.jpg", 1), ("b.jpg", -1), ("c.jpg", 0)]
+        def __init__(self, root, split, download):
+            pass
+        def __len__(self):
+            return 3
+    monkeypatch.setitem(data.NAMED, "cars", (Fake, *data.NAMED["cars"][1:]))
+    source = open_images("cars", "train", str(tmp_path))
+    assert source.labels == [1, -1, 0] and data.labelled(source, "x").labels == [1, 0]
+
+
 def test_seeds_are_stable():
     assert seed_of(0, "view", 1, 2) == seed_of(0, "view", 1, 2) != seed_of(0, "view", 12)
     assert 0 <= seed_of("x") < 2 ** 63

@@ -46,6 +46,11 @@ def test_area_is_reached_and_even(align):
         assert (mask.view(-1, 4, 16, 4, 16).float().mean((2, 4)) % 1 == 0).all()       # whole patches
 
 
+def test_small_blocks_reach_the_area_too():
+    masks, _ = draws(4, GMML(1.0, (0.75, 0.75), block=0.05))
+    assert (masks.float().mean((1, 2)) >= 0.75).all()
+
+
 def test_lineage_blocks_are_uneven_on_request():
     rows = draws(400, GMML(even=False))[0].float().mean((0, 2))
     assert rows[0] < 0.5 * rows.mean()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 import probes
+from data import BadImage, Part
 from features import centre_crop, extract_features
 from model import ViT
 from probes import hybrid, knn_accuracy, knn_predict, top
@@ -54,6 +55,19 @@ def test_features_and_hybrid():
     f, labels = extract_features(vit, images, 32, torch.device("cpu"), batch_size=4)
     assert f["cls"].shape == f["pat"].shape == (6, 16) and labels.tolist() == images.labels
     assert torch.allclose(f["pat"].norm(dim=1), torch.ones(6)) and hybrid(f).shape == (6, 32)
+
+
+def test_a_batch_of_unreadable_images_is_left_out():
+    class Broken(ToyImages):
+        def read(self, i):
+            if i >= 4:
+                raise BadImage(f"{i}")
+            return super().read(i)
+    vit = ViT(32, 8, 16, 1, 2).eval()
+    f, labels = extract_features(vit, Broken("val", 6, 32), 32, torch.device("cpu"), batch_size=4)
+    assert len(f["cls"]) == 4 and labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="none of the 2 images"):
+        extract_features(vit, Part(Broken("val", 6, 32), [4, 5]), 32, torch.device("cpu"))
 
 
 def test_centre_crop_is_centred_and_keeps_the_aspect():
