@@ -27,8 +27,8 @@ STUDIES = {  # study: {variant: options of pretrain.py}
     "table4": {"".join(map(str, on)): [x for o, off in zip(on, OFF, strict=True) if not o for x in off]
                for on in ((1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))},
     "decisions": {
-        "default": [], "anchors masked": ["--patch_tokens", "masked"], "drop_align 1": ["--drop_align", "1"],
-        "anchors masked, drop_align 1": ["--patch_tokens", "masked", "--drop_align", "1"],
+        "default": [], "anchors masked": ["--patch_tokens", "masked"], "drop_align 8": ["--drop_align", "8"],
+        "anchors masked, drop_align 8": ["--patch_tokens", "masked", "--drop_align", "8"],
         "negatives at the position": ["--patch_negatives", "position"],
         "negatives at 6 places": ["--patch_negatives", "6"],
         "head norm none": ["--head_norm", "none"],

@@ -35,9 +35,9 @@ from monitor import Monitor
 PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
-           blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=8, head_hidden_dim=256,
-           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
-           momentum_teacher=0.8, w_cls=0.3, num_workers=0)
+           blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], head_hidden_dim=256, head_out_dim=128,
+           drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3, momentum_teacher=0.8, w_cls=0.3,
+           num_workers=0)
 HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
             "device", "data_root", "download", "val_data", "compile", "checkpointing", "force"}
 
@@ -244,7 +244,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--drop_block", type=float, default=0.3,
       help="largest side of a block, as a share of the image's (lineage 0.3)")
     a("--drop_align", type=int, default=1,
-      help="[D] pixels to which blocks are aligned: 1 (lineage), 16 = whole patches (toy 8)")
+      help="[D] pixels to which blocks are aligned: 1 (lineage), 16 = whole patches")
     a("--even_blocks", default=True, action=argparse.BooleanOptionalAction,
       help="[D] blocks may start outside the image and are clipped, so that they cover it evenly; "
            "--no-even_blocks is the lineage")
