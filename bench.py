@@ -281,7 +281,7 @@ if __name__ == "__main__":
     p.add_argument("--local", type=int, default=0, help="local crops of 96 pixels")
     p.add_argument("--batch_size", type=int, default=4, help="images of a step; twice that for InfoNCE")
     p.add_argument("--patch_tokens", default="all", choices=["all", "masked"], help="anchors of Eq. (2)")
-    p.add_argument("--drop_align", type=int, default=1, help="pixels to which corrupted blocks are aligned")
+    p.add_argument("--drop_align", type=int, default=16, help="pixels to which corrupted blocks are aligned")
     p.add_argument("--image", help="a JPEG for the loader (default: a generated one of 500 x 375)")
     p.add_argument("--rounds", type=int, default=5, help="timed calls of each form")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")

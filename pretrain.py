@@ -35,9 +35,9 @@ from monitor import Monitor
 PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
-           blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], head_hidden_dim=256, head_out_dim=128,
-           drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3, momentum_teacher=0.8, w_cls=0.3,
-           num_workers=0)
+           blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
+           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
+           momentum_teacher=0.8, w_cls=0.3, num_workers=0)
 HARMLESS = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep", "max_bad",
             "device", "data_root", "download", "val_data", "compile", "checkpointing", "force"}
 
@@ -243,8 +243,9 @@ def get_parser() -> argparse.ArgumentParser:
       help="share of the area overwritten by another image (paper 0.30)")
     a("--drop_block", type=float, default=0.3,
       help="largest side of a block, as a share of the image's (lineage 0.3)")
-    a("--drop_align", type=int, default=1,
-      help="[D] pixels to which blocks are aligned: 1 (lineage), 16 = whole patches")
+    a("--drop_align", type=int,
+      help="[D] pixels to which blocks are aligned (default: the patch size, that is whole patches, which "
+           "learned more in the same time on real images, see README; lineage 1; toy 1)")
     a("--even_blocks", default=True, action=argparse.BooleanOptionalAction,
       help="[D] blocks may start outside the image and are clipped, so that they cover it evenly; "
            "--no-even_blocks is the lineage")
@@ -318,6 +319,7 @@ def get_args(argv=None) -> argparse.Namespace:
     args.arch = ALIASES.get(args.arch, args.arch)
     args.epochs = PAPER_EPOCHS.get(args.arch, 500) if args.epochs is None else args.epochs
     args.knn_every = 10 if args.knn_every is None else args.knn_every
+    args.drop_align = args.patch_size if args.drop_align is None else args.drop_align
     if args.global_crops_scale is None:
         args.global_crops_scale = [0.25, 1.0] if args.local_crops_number else [0.2, 1.0]
     for name in ("global", "local")[:1 + (args.local_crops_number > 0)]:
@@ -329,7 +331,7 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.batch_size < 2:
         raise ValueError(f"--batch_size {args.batch_size}: the contrasts need negatives, so at least 2 "
                          "images per rank")
-    if args.global_crops_size % args.drop_align:
+    if args.drop_align < 1 or args.global_crops_size % args.drop_align:
         raise ValueError(f"--drop_align {args.drop_align} does not divide --global_crops_size "
                          f"{args.global_crops_size}")
     if not (args.w_rec or args.w_pat or args.w_cls) or min(args.w_rec, args.w_pat, args.w_cls) < 0:

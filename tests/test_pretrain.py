@@ -108,6 +108,7 @@ def test_paper_defaults():
     assert (args.head_hidden_dim, args.local_crops_number, args.global_crops_scale) == (4096, 10, [0.25, 1.0])
     assert get_args(["--data", "x"]).epochs == 500
     assert get_args(["--data", "x", "--local_crops_number", "0"]).global_crops_scale == [0.2, 1.0]
+    assert args.drop_align == 16 and get_args([]).drop_align == 1
     assert get_args([]).arch == "vit_micro" and get_args(["--epochs", "3"]).epochs == 3
 
 
@@ -372,6 +373,7 @@ MISTAKES = [
     (["--batch_size", "500"], "lower --batch_size"),
     (["--w_rec", "0", "--w_pat", "0", "--w_cls", "0"], "above 0"),
     (["--drop_align", "7"], "drop_align"),
+    (["--drop_align", "0"], "drop_align"),
     (["--save_every", "soon"], "expected steps"),
     (["--epochs", "0"], "1 or more"),
 ]
