@@ -134,7 +134,7 @@ def curves(rows: list[dict], study: str) -> Image.Image:
             mine = [{p[0]: p[1 + panel] for p in r["curve"]} for r in rows if r["variant"] == name]
             shared = sorted(set.intersection(*map(set, mine)))                              # epochs
             line = [at(epoch, statistics.mean(m[epoch] for m in mine)) for epoch in shared]
-            colour = tuple(COLOURS[i % len(COLOURS)].tolist())
+            colour = tuple((0.75 * COLOURS[i % len(COLOURS)]).astype(int).tolist())         # for white paper
             draw.line(line, fill=colour, width=2 * k, joint="curve")
             if panel:
                 draw.text((right + 10 * k, (50 + 18 * i) * k), name, fill=colour, font=font)
