@@ -66,20 +66,21 @@ def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = No
         logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau                       # (A, B)
         return F.cross_entropy(logits, anchors // N)
     pool = k if negatives == "others" else k[:, torch.randperm(N)[:negatives].to(k.device)]   # (B, n, C)
-    return PatchInfoNCE.apply(q, k.flatten(0, 1), pool, anchors, anchors // N, tau, block)
+    return PatchInfoNCE.apply(q, k.flatten(0, 1), pool, anchors, tau, block)
 
 
 class PatchInfoNCE(torch.autograd.Function):
     """Exact blocked InfoNCE.  Only q needs a gradient, and that of a row needs that row only, so it is formed
     in forward, `block` rows at a time, and no (A, B*N) matrix is ever kept.
 
-    keys: (B*N, C), of which row `anchors` is the positive.  pool: (B, n, C) the negatives, those of
-    image `image` (A,) left out."""
+    keys: (B*N, C), of which row `anchors` (A,) is the positive.  pool: (B, n, C) the negatives, those of the
+    anchor's own image left out."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, keys: Tensor, pool: Tensor, anchors: Tensor, image: Tensor, tau: float,
+    def forward(ctx, q: Tensor, keys: Tensor, pool: Tensor, anchors: Tensor, tau: float,
                 block: int) -> Tensor:
         (B, n, _), dq, total = pool.shape, torch.empty_like(q), q.new_zeros(())
+        image = anchors // (len(keys) // B)                                                   # (A,)
         pool, buffer = pool.flatten(0, 1), q.new_empty(2, min(block, len(q)), B * n)         # (B*n, C)
         for start in range(0, len(q), block):
             rows = slice(start, min(start + block, len(q)))
@@ -99,7 +100,7 @@ class PatchInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad * ctx.saved_tensors[0], *[None] * 6
+        return grad * ctx.saved_tensors[0], *[None] * 5
 
 
 @torch.no_grad()

@@ -186,9 +186,9 @@ class Monitor(Guard):
         super().__init__(args, images, device)
         self.val, self.size, self.P = val, args.global_crops_size, args.patch_size
         self.threshold = "auto"                                        # of the picture's masks
-        self.labelled = val is not None and images.labels is not None and val.labels is not None
-        self.known = labelled(images, "train images") if self.labelled else None
-        if self.labelled and list(images.classes) != list(val.classes):
+        both = val is not None and images.labels is not None and val.labels is not None
+        self.known = labelled(images, "train images") if both else None                # for k-NN
+        if both and list(images.classes) != list(val.classes):
             raise ValueError(f"the classes of train ({len(images.classes)}) and val ({len(val.classes)}) "
                              "differ: k-NN cannot compare them")
 
@@ -206,7 +206,7 @@ class Monitor(Guard):
         result, began = {}, time.time()
         if distributed.is_main() and self.val is not None:
             backbone.eval()
-            if self.labelled:
+            if self.known is not None:
                 train, val = thin(self.known, 50_000), thin(self.val, 10_000)
                 knn = probes.knn_of(backbone, train, val, self.size, self.device, [10],
                                     workers=self.args.num_workers)

@@ -334,6 +334,8 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.drop_align < 1 or args.global_crops_size % args.drop_align:
         raise ValueError(f"--drop_align {args.drop_align} does not divide --global_crops_size "
                          f"{args.global_crops_size}")
+    if not 0 < args.drop_block <= 1:
+        raise ValueError(f"--drop_block {args.drop_block}: expected a share of the side above 0, at most 1")
     if not (args.w_rec or args.w_pat or args.w_cls) or min(args.w_rec, args.w_pat, args.w_cls) < 0:
         raise ValueError("--w_rec, --w_pat, --w_cls: expected no negative weight and at least one above 0")
     if min(args.epochs, args.accum) < 1:

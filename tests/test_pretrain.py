@@ -374,6 +374,7 @@ MISTAKES = [
     (["--w_rec", "0", "--w_pat", "0", "--w_cls", "0"], "above 0"),
     (["--drop_align", "7"], "drop_align"),
     (["--drop_align", "0"], "drop_align"),
+    (["--drop_block", "0"], "above 0"),
     (["--save_every", "soon"], "expected steps"),
     (["--epochs", "0"], "1 or more"),
 ]
