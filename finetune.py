@@ -304,7 +304,8 @@ def report(guess: Tensor, sure: Tensor, val, args, more: dict) -> None:
 
 
 def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:
-    """Rows of training images: the test crop, then several draws of the training augmentation."""
+    """Rows of training images: the test crop, then several draws of the training augmentation.  Raises
+    ValueError where none of the n images can be read."""
     views, rows = Views(train, CropAndAugment(args.size, args.augment), args.seed), []
 
     def photo(x):
@@ -316,6 +317,8 @@ def picture(train, args, n: int = 4, draws: int = 5) -> Image.Image:
             continue
         rows.append((f"{train.classes[train.labels[i]]}", [("test", photo(test))] + [
             (f"train, epoch {e}", photo(views[e, i]["image"])) for e in range(draws)]))
+    if not rows:
+        raise ValueError(f"--picture: none of the {n} images tried can be read, among them {train.name(0)}")
     return figure.sheet(rows)
 
 

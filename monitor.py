@@ -23,7 +23,7 @@ import distributed
 import figure
 import probes
 import zeroshot
-from data import BadImage, Part, denormalize, labelled, normalize
+from data import BadImage, Part, denormalize, labelled, normalize, same_classes
 from distributed import say
 from features import centre_crop
 from masking import GMML, Augmentation, MultiCrop, gmml
@@ -188,9 +188,8 @@ class Monitor(Guard):
         self.threshold = "auto"                                        # of the picture's masks
         both = val is not None and images.labels is not None and val.labels is not None
         self.known = labelled(images, "train images") if both else None                # for k-NN
-        if both and list(images.classes) != list(val.classes):
-            raise ValueError(f"the classes of train ({len(images.classes)}) and val ({len(val.classes)}) "
-                             "differ: k-NN cannot compare them")
+        if both:
+            same_classes(images.classes, val.classes, "k-NN while training: train and val")
 
     def epoch_end(self, epoch: int, backbone) -> None:
         """The count of unreadable images; k-NN every --knn_every epochs."""

@@ -1,5 +1,7 @@
 """Proves: every odd image is read right and every broken one is named; folders of any shape open; samplers
-share out the same global batch for any number of ranks and go on in the middle of an epoch."""
+share out the same global batch for any number of ranks and go on in the middle of an epoch; nothing that is
+evaluated on is trained on."""
+import hashlib
 import io
 import struct
 import zlib
@@ -186,3 +188,24 @@ def test_ranks_share_the_same_global_batch(monkeypatch):
 def test_loader_refuses_less_than_a_batch():
     with pytest.raises(ValueError, match="lower --batch_size"):
         train_loader(Views(data.ToyImages("train", 10, 16), lambda image, g: {}, 0), 16, 0)
+
+
+def digests(files):
+    return {hashlib.sha256(open(f, "rb").read()).digest() for f in files}
+
+
+def test_nothing_that_is_evaluated_on_is_trained_on(real_data):
+    """By name and by content: imagenette's val, COCO, VOC, imagewoof, DAVIS are not in imagenette/train."""
+    train = open_images(real_data / "imagenette" / "train", "train")
+    assert all("/train/" in name for name in train.files)
+    known = digests(train.files)
+    assert len(known) == len(train) > 9000
+    for name in ("imagenette/val", "coco", "VOCdevkit", "imagewoof", "DAVIS/JPEGImages"):
+        other = Files(real_data / name)
+        assert not known & digests(other.files), name
+
+
+def test_toy_splits_share_no_scene():
+    train, val = (open_images("toy", split, toy_n=300) for split in ("train", "val"))
+    seen = [{source.read(i).numpy().tobytes() for i in range(300)} for source in (train, val)]
+    assert len(seen[0]) == len(seen[1]) == 300 and not seen[0] & seen[1]
