@@ -35,7 +35,7 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "4 local crops": ["--local_crops_number", "4", "--local_crops_size", "24"],
         "10 local crops": ["--local_crops_number", "10", "--local_crops_size", "24"],
         "factor 2 tau": ["--w_pat", "0.4", "--w_cls", "0.12"],         # of the toy's 1 and 0.3
-        "w_cls 1": ["--w_cls", "1"], "w_pat 3": ["--w_pat", "3"], "w_rec 3": ["--w_rec", "3"]},
+        "w_cls 1": ["--w_cls", "1"], "w_pat 3": ["--w_pat", "3"]},
 }
 # the paper's Table 4, order rec, cls, pat: k-NN CLS, k-NN PAT, fine-tuned (ViT-S, ImageNet-100, 200 epochs)
 PAPER = {"100": (17.2, 14.7, 89.9), "010": (75.0, 63.9, 90.6), "001": (39.9, 40.8, 87.8),
@@ -95,19 +95,22 @@ def spread(values: list[float]) -> str:
 
 
 def table(rows: list[dict], study: str) -> str:
-    """Markdown: a line per variant, mean and standard deviation over the seeds, the paper's beside it."""
+    """Markdown: a line per variant, mean and standard deviation over the seeds, the paper's beside it; first
+    the networks before training, one per seed."""
     columns = {k: v for k, v in COLUMNS.items() if any(k in r for r in rows)}
     names = list(dict.fromkeys(r["variant"] for r in rows))
     paper = [" *paper: CLS / PAT / fine-tuned* |"] if study == "table4" else []
     head = ["rec cls pat" if paper else "variant", "seeds", *columns.values()]
     head = "| " + " | ".join(head) + " |" + "".join(paper)
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for name in [n for n in STUDIES[study] if n in names]:
-        mine = [r for r in rows if r["variant"] == name]
+    before = {r["seed"]: {k: r.get(f"{k}_untrained") for k in columns} for r in rows}
+    groups = {"untrained": list(before.values())}
+    groups |= {n: [r for r in rows if r["variant"] == n] for n in STUDIES[study] if n in names}
+    for name, mine in groups.items():
         values = [[r[k] for r in mine if r.get(k) is not None] for k in columns]
         cells = [spread(v) if v else "" for v in values]
-        theirs = [" *" + " / ".join(map(str, PAPER[name])) + "* |"] if paper else []
-        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |" + "".join(theirs))
+        theirs = f" *{' / '.join(map(str, PAPER[name]))}*" if name in PAPER else ""
+        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |" + f"{theirs} |" * bool(paper))
     return "\n".join(lines) + "\n"
 
 

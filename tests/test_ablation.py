@@ -23,7 +23,7 @@ def test_variants_are_options_of_pretrain():
 
 def row(variant, seed, value):
     return {"variant": variant, "seed": seed, "knn_cls": value, "knn_pat": 2 * value, "coco_overlap": 0.5,
-            "curve": [[0, 10.0, 10.0], [2, value, 2 * value]]}
+            "knn_cls_untrained": 9.0 + seed, "curve": [[0, 10.0, 10.0], [2, value, 2 * value]]}
 
 
 def test_table_by_hand():
@@ -31,8 +31,9 @@ def test_table_by_hand():
     lines = ablation.table(rows, "table4").splitlines()
     assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | "
                         "*paper: CLS / PAT / fine-tuned* |")
-    assert lines[2] == "| 111 | 2 | 31.0 +- 1.4 | 62.0 +- 2.8 | 0.500 +- 0.000 | *77.5 / 77.0 / 91.0* |"
-    assert lines[3] == "| 100 | 1 | 11.0 | 22.0 | 0.500 | *17.2 / 14.7 / 89.9* |"
+    assert lines[2] == "| untrained | 2 | 9.5 +- 0.7 |  |  | |"                     # once per seed
+    assert lines[3] == "| 111 | 2 | 31.0 +- 1.4 | 62.0 +- 2.8 | 0.500 +- 0.000 | *77.5 / 77.0 / 91.0* |"
+    assert lines[4] == "| 100 | 1 | 11.0 | 22.0 | 0.500 | *17.2 / 14.7 / 89.9* |"
     picture = ablation.curves(rows, "table4")
     assert picture.size == (920, 320) and len(picture.getcolors(100_000)) > 20
 
