@@ -5,7 +5,7 @@
     python davis.py --ckpt out/backbone.pth --video frames/ --first_mask mask.png --overlay   # your own video
     torchrun --nproc_per_node=8 davis.py ...                              # the ranks share out the sequences
 
-DINO's protocol (METHOD 2.6).  Frame: short side 480, long side floored to a multiple of 64.  Context: the
+DINO's protocol.  Frame: short side 480, long side floored to a multiple of 64.  Context: the
 first frame, once, and up to 7 frames before this one (never the first again).  Affinity exp(cos / 0.1) within
 12 tokens to each side; the 5 largest over all context tokens stay, with all that ties with the fifth.  Soft
 labels are handed on, only the output is hardened.  Score: the official one, less first and last frame.

@@ -7,11 +7,12 @@
 Features, similarity, threshold and mask are zeroshot.py's (--image there draws the same in a file); here are
 the clicks of a user, a cache of features shared by all users, and the page.  The network runs once for each
 (picture, checkpoint, stride, layer); a click after that is one matrix product and some drawing.
-Cost of ViT-S/16 at 480x480 on one core: 0.7 s for the first answer, then 40 ms a click; the first at a stride
+Cost of ViT-S/16 at 480x480 on one core: 0.7 s for the first answer, then 20 ms a click; the first at a stride
 of half a patch takes 5 s, at a quarter 52 s, and other users' new pictures wait for it.
 
-The page asks nothing of any other host and listens on 127.0.0.1 unless --host says otherwise.  What a visitor
-sends is a picture's bytes, points and settings: sizes are bounded, no path or address of theirs is opened.
+The page asks nothing of any other host and listens on 127.0.0.1 unless --host, or $GRADIO_SERVER_NAME,
+says otherwise.  What a visitor sends is a picture's bytes, points and settings: sizes are bounded, no path or
+address of theirs is opened.
 
 Shapes: N = h*w tokens, D width, H x W pixels of the picture as shown."""
 import argparse

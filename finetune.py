@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained ViT on labelled images, with layer decay (Table 7, Fig. 4, 7; METHOD 2.4).
+"""Fine-tune a pretrained ViT on labelled images, with layer decay (Table 7, Fig. 4, 7).
 
     torchrun --nproc_per_node=4 finetune.py --ckpt mmc.pth --data pets --download      # recipe: transfer
     torchrun --nproc_per_node=4 finetune.py --ckpt mmc.pth --data /imagenet --recipe in1k

@@ -1,4 +1,4 @@
-"""Linear segmentation on frozen features (Table 3, METHOD 2.5): one BatchNorm and one 1x1 convolution.
+"""Linear segmentation on frozen features (Table 3): one BatchNorm and one 1x1 convolution.
 
     python probes.py linseg --ckpt out/backbone.pth --data /data/ADEChallengeData2016
     torchrun --nproc_per_node=4 probes.py linseg --ckpt mmc.pth --data /data/VOCdevkit --layout voc_aug

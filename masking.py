@@ -30,9 +30,9 @@ GREY = (0.2989, 0.587, 0.114)                  # Rec. 601 luma, as torchvision r
 @dataclass
 class Augmentation:
     """Constants of the multi-crop augmentation; fields named and valued as in the paper or its lineage
-    (METHOD.md). blur, solarize: probability for global view 1, global view 2, local crops.  jitter: strength
-    of brightness, contrast, saturation, hue; a factor is drawn from 1 +- strength, the hue shift, in turns,
-    from +- strength."""
+    (SiT, MC-SSL, DINO). blur, solarize: probability for global view 1, global view 2, local crops.  jitter:
+    strength of brightness, contrast, saturation, hue; a factor is drawn from 1 +- strength, the hue shift,
+    in turns, from +- strength."""
     global_size: int = 224
     global_scale: tuple[float, float] = (0.25, 1.0)
     local_number: int = 10
@@ -242,7 +242,7 @@ def colour(x: Tensor, draw: Tensor) -> Tensor:
 # ---- GMML corruption, on the device ----
 @torch.no_grad()
 def gmml(x: Tensor, mask: Tensor, kind: Tensor) -> Tensor:
-    """Overwrite the masked pixels of one view of a batch (METHOD, "GMML corruption").
+    """Overwrite the masked pixels of one view of a batch (GMML, as in the authors' SiT and MC-SSL).
 
     x: (B, 3, S, S) normalised.  mask (B, S, S), on x's device, kind (B, 2), which stays on the CPU: of
     `MultiCrop.draw_masks`.  Raises ValueError for a batch of one: no alien exists."""

@@ -1,9 +1,8 @@
-"""A plain Vision Transformer, the three MMC heads, and the momentum teacher (METHOD: "Networks").
+"""A plain Vision Transformer, the three MMC heads, and the momentum teacher (Sec. "Implementation").
 
 Nothing here knows about losses, data or files.  The ViT's parameter names are timm's, so that weights move in
 both directions; widths are those of DeiT.  Contrastive heads: 3-layer MLP 4096-4096-256 with BatchNorm;
-reconstruction head: 3-layer MLP to the pixels of a patch, no norm (Sec. "Implementation", MMC).  Departs from
-the paper: nothing.
+reconstruction head: 3-layer MLP to the pixels of a patch, no norm.  Departs from the paper: nothing.
 
 Shapes: B images, H x W pixels, P patch size, N = h*w patches, R registers, T = 1 + R + N tokens, D width.
 Token order is always [cls, registers, patches]: tokens[:, 0] is CLS, and the patches are

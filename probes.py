@@ -1,4 +1,4 @@
-"""What is in the features: probes of frozen backbones (METHOD 2.3, 2.5, 2.7, 2.9, 2.10).
+"""What is in the features: probes of frozen backbones (Tables 3, 4, 6, 9, 10, 11, Fig. 9).
 
     # any checkpoint that load_backbone reads; each probe says more with --help
     python probes.py knn --ckpt out/backbone.pth --data /imagenette            # Tables 4, 6, 11

@@ -1,4 +1,4 @@
-"""Image retrieval on the revisited Oxford and Paris sets (Table 9, METHOD 2.7): mAP, mP@k, Medium, Hard.
+"""Image retrieval on the revisited Oxford and Paris sets (Table 9): mAP, mP@k, Medium, Hard.
 
     python probes.py retrieval --ckpt mmc.pth --data /data/roxford5k
     python probes.py retrieval --ckpt mmc.pth --data /data/rparis6k --imsize 1024 --multi_scale

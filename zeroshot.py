@@ -5,7 +5,7 @@
     python zeroshot.py --ckpt mmc.pth dino.pth --image photo.jpg --point 120,88 --out fig.png  # one image
     python zeroshot.py --ckpt mmc.pth --fewshot /data/mini-imagenet                                 # Table 8
 
-Protocol (METHOD 2.1).  The image is stretched to 480x480 (the nearest multiple of the patch); tokens of the
+Protocol.  The image is stretched to 480x480 (the nearest multiple of the patch); tokens of the
 last block after the final norm, L2-normalised; mask = cosine to the prompt's patch >= t, t = 0, .1 ... .9;
 "best" = best single t.  [D], all options: target = union of a category's objects; prompt = a random patch of
 it; targets below 3 patches left out; truth at patches by majority; mean over an image's categories, then
@@ -80,8 +80,8 @@ def auto_threshold(similarity: Tensor, prompts: int = 1) -> Tensor:
 
         t = mean + (1 - 1 / (2 * prompts)) * (max - mean)
 
-    With trained weights this equals or beats the best single threshold on COCO and VOC; Otsu's falls 2 points
-    below it (README).  The rule for several prompts was picked on the same 160 COCO images.
+    With trained weights this equals or beats the best single threshold on COCO and VOC (README).  The rule was
+    picked on 160 COCO images.
     similarity: (..., N), before `take_away`.  Returns (..., 1)."""
     low, high = similarity.mean(-1, keepdim=True), similarity.amax(-1, keepdim=True)
     return low + (1 - 0.5 / prompts) * (high - low)
