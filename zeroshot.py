@@ -80,8 +80,8 @@ def auto_threshold(similarity: Tensor, prompts: int = 1) -> Tensor:
 
         t = mean + (1 - 1 / (2 * prompts)) * (max - mean)
 
-    With trained weights this equals or beats the best single threshold on COCO and VOC (README).  The rule was
-    picked on 160 COCO images.
+    With trained weights this equals or beats the best single threshold on COCO and VOC (README).  The rule
+    was picked on 160 COCO images.
     similarity: (..., N), before `take_away`.  Returns (..., 1)."""
     low, high = similarity.mean(-1, keepdim=True), similarity.amax(-1, keepdim=True)
     return low + (1 - 0.5 / prompts) * (high - low)
