@@ -10,12 +10,12 @@ are never evaluated.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from distributed import everywhere, is_main, world_size
 from model import ViT, vit
 
-TEACHERS = ("teacher", "target_encoder", "momentum_encoder", "ema")  # preferred, in this order, over the rest
+TEACHERS = ("teacher", "target_encoder", "momentum", "ema")       # preferred, in this order, over the rest
 RENAMES = [(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                      # DINOv2's chunked blocks
            (r"^register_tokens$", "reg_token"), (r"^fc_norm\.", "norm.")]  # DINOv2; MAE after fine-tuning
 # what a backbone is made of
@@ -37,10 +37,10 @@ def save(path: str | os.PathLike, content: dict) -> None:
     Rank 0 writes, the others return.  Raises ValueError (disk full, no permission); the old file stays."""
     if not is_main():
         return
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
@@ -50,9 +50,7 @@ def save(path: str | os.PathLike, content: dict) -> None:
             os.fsync(folder)
         os.close(folder)
     except BaseException as e:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):                    # torch's zip writer raises RuntimeError
             why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
             raise ValueError(f"{path}: cannot be written ({why}); the file that was there is as it was. Make "
@@ -116,12 +114,40 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
             raise ValueError(f"{out} holds a run with other options: {', '.join(changed)}; "
                              "give another --output_dir, or --force to go on with the new ones")
     if is_main():
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True)
         run = {"command": sys.argv, "options": options, "torch": torch.__version__,
-               "python": sys.version.split()[0], "commit": commit.stdout.strip() or None}
-        (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+               "python": sys.version.split()[0], "commit": commit()}
+        try:
+            for left in out.glob(".*.pth.*"):                          # by a kill in the middle of a save
+                left.unlink()
+            (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+        except OSError as e:
+            raise ValueError(f"--output_dir {out}: cannot be written ({e.strerror})") from e
     return content
+
+
+def commit() -> str | None:
+    """That of this code, where it is a clone and git is installed."""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """16 hex digits that change with any weight."""
+    h = hashlib.blake2b(digest_size=8)
+    for v in state.values():
+        h.update(v.cpu().contiguous().float().numpy())
+    return h.hexdigest()
+
+
+def short_name(path: str) -> str:
+    """A title for a checkpoint: random:ARCH as it is, backbone.pth and last.pth with their folder."""
+    stem, folder = Path(path).stem, Path(path).absolute().parent.name
+    if str(path).startswith("random:"):
+        return str(path)
+    return f"{folder}/{stem}" if stem in ("backbone", "last", "checkpoint") else stem
 
 
 def load_backbone(path: str, checkpoint_key: str | None = None,

@@ -111,6 +111,7 @@ class Scenes:
         return len(self.files)
 
     def name(self, i: int) -> str:
+        """What the prompts of an image are seeded by: different for each of a set."""
         return self.files[i].name
 
     def read(self, i: int) -> Tensor:
@@ -172,6 +173,9 @@ class Coco(Scenes):
         if unlisted:
             self.left_out["annotations of unlisted images"] = sum(len(self.annotations[k]) for k in unlisted)
         self.keep(files, limit)
+
+    def name(self, i: int) -> str:
+        return self.images[i]["file_name"]                             # may be in a folder
 
     def objects(self, i: int) -> Iterator[tuple[np.ndarray, str]]:
         image = self.images[i]

@@ -23,7 +23,6 @@ Shapes: h x w tokens of a frame, D width, F context frames, C = 1 + objects, H x
 Q queries, L keys per frame, g places looked at."""
 import argparse
 import csv
-import hashlib
 import json
 import math
 import re
@@ -43,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import load_backbone
+from checkpoint import digest, load_backbone
 from data import EXTENSIONS, BadImage, normalize, read_image
 from model import ViT
 
@@ -239,13 +238,6 @@ def few(names: list) -> str:
     return ", ".join(map(str, names[:8])) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 
-def digest(*arrays) -> str:
-    h = hashlib.blake2b(digest_size=8)
-    for a in arrays:
-        h.update(np.ascontiguousarray(a))
-    return h.hexdigest()
-
-
 def read_mask(path: Path, binary: bool | None = None) -> np.ndarray:
     """A palette, grey or 1-bit mask -> (H, W) uint8.  255 is object 1 if `binary`, else void, 0; by default
     it is object 1 if there is no other.  Raises BadImage for no image, colours, or numbers above 255."""
@@ -309,7 +301,8 @@ def plan(clip: Clip, folder: Path, weights: str, args: argparse.Namespace) -> di
     n = len(np.setdiff1d(first, 0))
     if not 0 < n <= MAX_OBJECTS:
         raise ValueError(f"{clip.masks[0]}: {n} objects; expected 0 = background, 1 to {MAX_OBJECTS} others")
-    options = {"weights": weights, "first_mask": digest(first), "frames": len(clip.frames)}
+    options = {"weights": weights, "first_mask": digest({"": torch.from_numpy(first)}),
+               "frames": len(clip.frames)}
     options |= {k: getattr(args, k) for k in PROTOCOL}
     stored = folder / "options.json"
     old = json.loads(stored.read_text() or "{}") if stored.is_file() else {}
@@ -384,7 +377,7 @@ def main(args: argparse.Namespace) -> None:
     out, todo, results = Path(args.eval_only or args.output_dir), {}, {}
     if args.ckpt:
         vit, source = load_backbone(args.ckpt, args.checkpoint_key)
-        weights = digest(*vit.state_dict().values())
+        weights = digest(vit.state_dict())
         distributed.say(f"{source}\nDAVIS: {', '.join(f'{k} {getattr(args, k)}' for k in PROTOCOL)}; tokens "
                         "after the final norm; scored without first and last frame")
         todo = {c.name: plan(c, out / c.name, weights, args) for c in clips}   # refuse before work is spent
@@ -452,6 +445,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--topk, --size, --size_multiple and --temp must be above 0")
     if min(args.n_last_frames, args.size_mask_neighborhood) < 0:
         raise ValueError("--n_last_frames and --size_mask_neighborhood must not be negative")
+    distributed.check_outputs(args, "json")
 
 
 if __name__ == "__main__":

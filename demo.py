@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 import distributed
-from checkpoint import load_backbone
+from checkpoint import load_backbone, short_name
 from data import BadImage, Files, pil_to_tensor
 from figure import cut_out, heat, marked
 from toy import scene
@@ -140,8 +140,7 @@ class Networks:
 
     def name(self, path: str) -> str:
         """out/vit_s/backbone.pth -> vit_s/backbone, dino.pth -> dino, the second of a name -> dino (2)."""
-        stem, folder = Path(path).stem, Path(path).absolute().parent.name
-        name = path if path.startswith("random:") else f"{folder}/{stem}" if stem == "backbone" else stem
+        name = short_name(path)
         return name if name not in self.vits else f"{name} ({1 + sum(n.startswith(name) for n in self.vits)})"
 
     def recall(self, key: tuple) -> Tokens | None:

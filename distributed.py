@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
 def init(device: str = "auto") -> torch.device:
@@ -28,9 +31,14 @@ def init(device: str = "auto") -> torch.device:
                   "mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        torch.cuda.set_device(device)
+    try:
+        if device == "cuda":
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:                        # unknown, not built in, or too few
+        raise ValueError(f"--device {device}: torch cannot use it here ({str(e).splitlines()[0]}); expected "
+                         "auto, cuda, mps or cpu, and no more ranks than devices") from e
     if ranks > 1 and not dist.is_initialized():
         # rank 0 alone evaluates while the others wait: as long as the slowest probe may take
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
@@ -103,12 +111,31 @@ def fail(message: str, code: int = MISUSED, together: bool = False) -> None:
 
 def run(script: Callable[[], None], *also: type[Exception]) -> None:
     """A script from its command line: a ValueError (or one of `also`) is the user's mistake, one line and
-    exit code 2."""
+    exit code 2, also where a loader worker met it."""
     try:
         script()
-    except (ValueError, *also) as e:
-        fail(str(e))
+    except BaseException as e:
+        # lets go of loaders: at exit Python would ask their workers by SIGTERM, which they ignore, and wait
+        traceback.clear_frames(e.__traceback__)
+        if not isinstance(e, (ValueError, *also)):
+            raise
+        said = str(e).strip()
+        fail(said.splitlines()[-1].partition(": ")[2] if said.startswith("Caught ") else said)
     finish()
+
+
+def check_outputs(args, *names: str) -> None:
+    """Raises ValueError for a file to be written whose folder is not there: now, not after hours of work."""
+    for name in names:
+        path = getattr(args, name, None)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {Path(path).parent}")
+
+
+def one_process(script: str) -> None:
+    """Raises ValueError under torchrun, for what would do its work once per rank."""
+    if world_size() > 1:
+        raise ValueError(f"{script} is one process: start it with python, not with torchrun")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -123,8 +150,12 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(s, self.handle)
+        self.before = {s: signal.signal(s, self.handle) for s in SIGNALS}
+
+    def release(self) -> None:
+        """After the loop: signals end the process again, at once."""
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def handle(self, number: int, _frame) -> None:
         if self.asked and number == signal.SIGINT:
@@ -135,7 +166,7 @@ class StopSignal:
 
 def ignore_signals() -> None:
     """For loader workers: the parent decides when to stop, and they end with it."""
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for s in SIGNALS:
         signal.signal(s, signal.SIG_IGN)
 
 

@@ -92,8 +92,7 @@ def extract_features(vit: ViT, images, size: int, device: torch.device, batch_si
 def feature_key(vit: ViT, images, size: int, blocks: Sequence[int]) -> str:
     """Names the features of a network and a source: changes with any weight, image name, size or date."""
     h = hashlib.blake2b(repr((size, list(blocks), vit.config, len(images))).encode(), digest_size=12)
-    for v in vit.state_dict().values():
-        h.update(v.cpu().contiguous().float().numpy())
+    h.update(checkpoint.digest(vit.state_dict()).encode())
     for i in range(len(images)):
         path = Path(images.name(i))
         stat = path.stat() if path.is_file() else None

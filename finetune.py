@@ -251,6 +251,7 @@ def train(model, optimizer, loader, val, args, device, state: dict,
                 distributed.fail(f"stopped by a signal after step {step}, saved; start the same command "
                                  "again to go on", distributed.STOPPED, together=True)
     bar.close()
+    stop.release()
     return found
 
 
@@ -389,7 +390,7 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.fraction is not None and not 0 < args.fraction <= 1:
         raise ValueError(f"--fraction {args.fraction:g}: expected a share above 0, at most 1")
     if min(args.epochs, args.batch_size, args.accum, 1 if args.shots is None else args.shots,
-           args.eval_every) < 1:
+           args.eval_every, args.log_every) < 1:
         raise ValueError("--epochs, --batch_size, --accum, --shots, --eval_every: expected 1 or more")
     if args.fraction is not None and args.shots is not None:
         raise ValueError("--fraction and --shots: give one of them")
@@ -399,10 +400,7 @@ def get_args(argv=None) -> argparse.Namespace:
         raise ValueError("--smoothing, --mixup, --cutmix: expected 0 or more, and smoothing below 1")
     if (args.mixup or args.cutmix) and args.batch_size * args.accum < 2:
         raise ValueError("--batch_size 1: mixing needs two images; give more, or --mixup 0 --cutmix 0")
-    for name in ("json", "predictions", "picture"):                    # known now, not after 200 epochs
-        path = getattr(args, name)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: no folder {Path(path).parent}")
+    distributed.check_outputs(args, "json", "predictions", "picture")
     return args
 
 
@@ -412,7 +410,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         model, content = load_best(args.eval)
         same_classes(content["classes"], val.classes, f"--eval {args.eval} and the data")
-        found = predict(model.to(device), val, content["size"], device, args.batch_size, args.num_workers)
+        size = crop_size(model.backbone, args.size) if args.size else content["size"]
+        found = predict(model.to(device), val, size, device, args.batch_size, args.num_workers)
         return report(*found, val, args, {"eval": args.eval})
     torch.manual_seed(args.seed)
     backbone, said = load_backbone(args.ckpt, args.checkpoint_key)
@@ -435,6 +434,7 @@ def main(args: argparse.Namespace) -> None:
     loader = train_loader(Views(train_images, CropAndAugment(args.size, args.augment), args.seed),
                           args.batch_size * args.accum, args.num_workers, device.type == "cuda")
     guard, state = Watch(args, train_images, device), {"step": 0, "best": -1.0, "top1": 0.0}
+    args.weights = checkpoint.digest(backbone.state_dict())            # another file of the same name
     last = checkpoint.open_run(args, HARMLESS)
     if last is not None:
         model.load_state_dict(last["model"])

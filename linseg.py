@@ -10,9 +10,10 @@ step over all ranks.  Training: short side crop * uniform(0.5, 2), a random crop
 distortion.  Test: short side = crop, windows of crop x crop every two thirds, their logits averaged, bilinear
 to the size of the label.  Paper: ADE20K 37.0, Cityscapes 62.6, VOC aug 77.7.
 
-Sample n of the run is drawn from (seed, n) alone, so workers, ranks and interruptions do not change a run.
-Layouts are the published ones, found by their folders (LAYOUTS), or any pair images/{train,val}, labels/
-{train,val} of pictures and index PNGs of the same names; 255 is never scored.
+Sample n of the run is drawn from (seed, n) alone, so workers and interruptions do not change a run; nor do
+ranks on CUDA, where BatchNorm is synchronised.  A pair that cannot be read gives way to the next.  Layouts:
+the published ones, found by their folders (LAYOUTS), or any pair images/{train,val}, labels/{train,val} of
+pictures and index PNGs of the same names; 255 is never scored.
 
 Shapes: B images, H x W pixels, h x w tokens, D width of all blocks together, C classes."""
 import argparse
@@ -52,16 +53,18 @@ LAYOUTS = {
     "voc_aug": "as voc, with SegmentationClassAug/ and ImageSets/Segmentation/trainaug.txt",
     "pairs": "images/{train,val}/NAME.jpg, labels/{train,val}/NAME.png",
 }
-HARMLESS = {"output_dir", "num_workers", "save_every", "device", "force", "json"}
+HARMLESS = {"output_dir", "num_workers", "save_every", "max_bad", "device", "force", "json"}
 
 
 # ------------------------------------------------- images and their labels
 class Pairs:
-    """One split of a segmentation set.  files: (image, label) paths.  names: of the C classes.
+    """One split of a segmentation set.  files: (image, label) paths.  names: of the C classes; num_classes:
+    C, where there are no names.
 
     Labels come out as 0 ... C-1 and 255, by way of a table of 256 numbers."""
 
-    def __init__(self, root: str | Path, split: str = "train", layout: str = "auto"):
+    def __init__(self, root: str | Path, split: str = "train", layout: str = "auto",
+                 num_classes: int | None = None):
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"--data {root}: no such folder")
@@ -95,6 +98,7 @@ class Pairs:
             self.names = VOC_NAMES
         else:
             self.files, self.names = self.match(root / "images" / split, root / "labels" / split), None
+        self.classes = num_classes or (len(self.names) if self.names else None)
         lost = [str(f) for pair in self.files for f in pair if not f.is_file()]
         if lost or not self.files:
             raise ValueError(f"{root}, {split}: " + (f"{len(lost)} files are missing, the first {lost[0]}"
@@ -135,11 +139,12 @@ class Pairs:
         if label.ndim != 2 or label.shape != tuple(image.shape[1:]):
             raise BadImage(f"{path}: shape {label.shape}, expected one number for each pixel, "
                            f"{tuple(image.shape[1:])}")
-        label = torch.from_numpy(self.table[label.astype(np.uint8)])
-        if self.names is not None and (label[label != IGNORE] >= len(self.names)).any():
-            raise BadImage(f"{path}: holds class {label[label != IGNORE].max().item()}, "
-                           f"expected 0 ... {len(self.names) - 1} or {IGNORE}")
-        return image, label
+        wide = label.max() > 255                                       # 16 bits
+        label = label if wide else self.table[label.astype(np.uint8)]
+        if wide or self.classes and (label[label != IGNORE] >= self.classes).any():
+            raise BadImage(f"{path}: holds class {label[label != IGNORE].max()}, "
+                           f"expected 0 ... {(self.classes or 255) - 1} or {IGNORE}")
+        return image, torch.from_numpy(label)
 
 
 def resize_short(image: Tensor, short: int) -> Tensor:
@@ -184,21 +189,24 @@ def distort(image: Tensor, r: list[float]) -> Tensor:
 
 
 class Samples(Dataset):
-    """Sample n of an endless stream of augmented training crops; a broken pair gives way to the next."""
+    """Sample n of an endless stream of augmented training crops: image, label, and what is wrong with a pair
+    that gave way to the next, or nothing."""
 
     def __init__(self, pairs: Pairs, crop: int, seed: int):
         self.pairs, self.crop, self.seed = pairs, crop, seed
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, str]:
         epoch, at = divmod(n, len(self.pairs))
         order = torch.randperm(len(self.pairs), generator=generator_of(self.seed, "order", epoch))
+        error = ""
         for step in range(min(100, len(self.pairs))):
             try:
                 image, label = self.pairs.read(int(order[(at + step) % len(order)]))
-                return augment(image, label, self.crop, generator_of(self.seed, "crop", n))
+                image, label = augment(image, label, self.crop, generator_of(self.seed, "crop", n))
+                return image, label, error
             except BadImage as e:
-                error = e
-        raise error
+                error = error or str(e)
+        raise BadImage(f"100 pairs in a row cannot be read, the first: {error}")
 
 
 # ------------------------------------------------- the probe
@@ -290,7 +298,7 @@ def evaluate(vit: ViT, head: nn.Module, val: Pairs, args, device) -> tuple[Tenso
             continue
         counts += confusion(predict_one(vit, head, image, label.shape, args, device), label, C)
     head.train()
-    return distributed.all_sum(counts.to(device)).cpu(), bad
+    return distributed.all_sum(counts.to(device)).cpu(), sum(distributed.everywhere(bad), [])
 
 
 def predict_one(vit: ViT, head: nn.Module, image: Tensor, size, args, device) -> Tensor:
@@ -314,21 +322,27 @@ def train(vit: ViT, head: nn.Module, optimizer, data: Pairs, args, device, step:
     if W > 1:
         head = DistributedDataParallel(head, [device] if device.type == "cuda" else None)
     bar = tqdm(total=args.iters, initial=step, disable=not distributed.is_main(), unit="it", mininterval=1)
-    for x, y in loader:
+    bad: set[str] = set()                                              # what is wrong with this rank's pairs
+    for x, y, wrong in loader:
+        bad |= {w for w in wrong if w}
         logits = head(dense_features(vit, normalize(x.to(device)), args.blocks))
         logits = F.interpolate(logits, size=y.shape[1:], mode="bilinear")
         loss = F.cross_entropy(logits, y.long().to(device), ignore_index=IGNORE, reduction="sum")
-        loss = loss / (y != IGNORE).sum().clamp(min=1).to(device)              # 0, not nan, if all is void
+        scored = distributed.all_sum((y != IGNORE).sum().to(device))   # DDP averages over the ranks
+        loss = loss * W / scored.clamp(min=1)                          # 0, not nan, if all is void
 
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        asked, broken = distributed.all_sum(
-            torch.tensor([float(stop.asked), float(not loss.isfinite())], device=device)).tolist()
+        asked, broken, lost = distributed.all_sum(torch.tensor(
+            [float(stop.asked), float(not loss.isfinite()), float(len(bad))], device=device)).tolist()
         if broken:
             distributed.fail(f"not finite at iteration {step}: loss {loss.item():.4g}; {args.output_dir} is "
                              "as it was; lower --lr", distributed.FAILED, together=True)
+        if lost > args.max_bad * len(data):
+            distributed.fail(f"{lost:.0f} of {len(data)} training pairs cannot be read, more than --max_bad "
+                             f"{args.max_bad:g}: {min(bad, default='see the other ranks')}", together=True)
         optimizer.step()
         step += 1
         bar.update()
@@ -342,6 +356,10 @@ def train(vit: ViT, head: nn.Module, optimizer, data: Pairs, args, device, step:
             distributed.fail(f"stopped by a signal after iteration {step}, saved; start the same command "
                              "again to go on", distributed.STOPPED, together=True)
     bar.close()
+    stop.release()
+    lost = set().union(*distributed.everywhere(bad))
+    if lost:
+        say(f"{len(lost)} training pairs could not be read and gave way to others, such as {min(lost)}")
 
 
 def vars_of(args) -> dict:
@@ -376,8 +394,11 @@ def main(args: argparse.Namespace) -> None:
     if args.crop == 0 or not all(1 <= b <= vit.depth for b in args.blocks):
         raise ValueError(f"--blocks {args.blocks}, --crop {args.crop}: this network has blocks 1 ... "
                          f"{vit.depth} and patches of {vit.patch_size} pixels")
-    data, val = (Pairs(args.data, split, args.layout) for split in ("train", "val"))
-    classes = args.num_classes or (len(data.names) if data.names else None)
+    if min(args.iters, args.batch_size, args.save_every) < 1:
+        raise ValueError("--iters, --batch_size, --save_every: expected 1 or more")
+    distributed.check_outputs(args, "json")
+    data, val = (Pairs(args.data, split, args.layout, args.num_classes) for split in ("train", "val"))
+    classes = data.classes
     if classes is None:
         raise ValueError("--num_classes: how many classes do the labels of this folder have?")
     torch.manual_seed(args.seed)
@@ -388,6 +409,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     name = args.ckpt.replace(":", "_").replace("/", "_").removesuffix(".pth")
     args.output_dir = args.output_dir or f"out/linseg/{name}-{data.layout}"
+    args.weights = checkpoint.digest(vit.state_dict())                 # another file of the same name
     last = checkpoint.open_run(argparse.Namespace(**vars_of(args)), HARMLESS)
     if last is not None:
         head.load_state_dict(last["head"])
@@ -435,6 +457,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     a("--lr", type=float, default=1e-4, help="learning rate (paper 1e-4); short runs need more, such as 3e-3")
     a("--weight_decay", type=float, default=0.05, help="AdamW's weight decay (paper 0.05)")
     a("--seed", type=int, default=0, help="of the head, the order and the crops")
+    a("--max_bad", type=float, default=0.01, help="share of unreadable training pairs above which it fails")
     a("--save_every", type=int, default=1000, help="iterations between saves; a run that stopped goes on")
     a("--output_dir", help="folder of this run (default: out/linseg/CKPT-LAYOUT)")
     a("--force", action="store_true", help="go on although options differ from those of the stored run")

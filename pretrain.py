@@ -156,6 +156,7 @@ def train(student, teacher, optimizer, loader, args, device, step, monitor) -> N
                                  "again to go on", distributed.STOPPED, together=True)
         monitor.epoch_end(epoch + 1, teacher.backbone)
     bar.close()
+    stop.release()
 
 
 def global_lr(args) -> float:

@@ -247,7 +247,9 @@ def layers_main(args: argparse.Namespace) -> None:
 # ------------------------------------------------- command line
 def begin(args) -> tuple[torch.device, ViT, int]:
     """Device, network and crop size; says what was loaded."""
+    distributed.check_outputs(args, "json", "picture")
     device = distributed.init(args.device)
+    distributed.one_process(f"probes.py {args.probe}")
     vit, report = load_backbone(args.ckpt, args.checkpoint_key)
     print(report)
     return device, vit.to(device), crop_size(vit, args.size)
@@ -271,6 +273,8 @@ def open_pair(args):
 
 
 def knn_main(args: argparse.Namespace) -> None:
+    if min(args.nb_knn) < 1:
+        raise ValueError(f"--nb_knn {' '.join(map(str, args.nb_knn))}: expected 1 or more")
     device, vit, size = begin(args)
     train, val = open_pair(args)
     print(f"k-NN: short side {round(size * 256 / 224)}, centre {size}, cosine, weights exp(sim/{args.temp}), "

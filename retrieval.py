@@ -136,7 +136,9 @@ def search(queries: Tensor, database: Tensor, chunk: int = 64) -> np.ndarray:
 
 
 def main(args: argparse.Namespace) -> None:
+    distributed.check_outputs(args, "json", "picture")
     device, root = distributed.init(args.device), Path(args.data)
+    distributed.one_process("probes.py retrieval")
     found = sorted(root.glob("gnd_*.pkl"))
     if len(found) != 1 or not (root / "jpg").is_dir():
         raise ValueError(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found "

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import load_backbone
+from checkpoint import load_backbone, short_name
 from coco import Coco, Scenes, ToyScenes, Voc
 from data import Files, generator_of, normalize, read_image
 from features import extract_features
@@ -219,7 +219,9 @@ def evaluate(vit: ViT, scenes: Scenes, size: int, device: torch.device, args: ar
     for i in tqdm(range(len(scenes)), desc=scenes.title, unit="image", leave=False, disable=None):
         masks, names = scenes.masks(i)
         if names:
-            batch.append((scenes.name(i), stretch(scenes.read(i), (size, size)), masks, names))
+            image = scenes.read(i)
+            check_sides(scenes.name(i), image.shape[1:], masks.shape[1:])
+            batch.append((scenes.name(i), stretch(image, (size, size)), masks, names))
         if len(batch) == args.batch_size or i == len(scenes) - 1 and batch:
             z = patch_features(vit, normalize(torch.stack([b[1] for b in batch]).to(device))).cpu()
             for (name, _, masks, names), tokens in zip(batch, z, strict=True):
@@ -227,6 +229,13 @@ def evaluate(vit: ViT, scenes: Scenes, size: int, device: torch.device, args: ar
             batch = []
     result.seconds, vit.patch_embed.stride = time.perf_counter() - start, P
     return result
+
+
+def check_sides(name: str, image: tuple[int, int], masks: tuple[int, int]) -> None:
+    """Raises ValueError where the masks are not of the image's form, such as of one that lies on its side."""
+    (H, W), (h, w) = image, masks
+    if abs(H * w - W * h) > h + w:                                     # a copy of another size may round
+        raise ValueError(f"{name}: the image is {W} x {H} pixels, its masks {w} x {h}; is it turned by EXIF?")
 
 
 def score(result: Result, image: str, z: Tensor, masks: Tensor, names: list[str], size: int, P: int, S: int,
@@ -270,16 +279,20 @@ def on_tokens(patch: Tensor, g: int, G: int) -> Tensor:
 
 
 def means(rows: list[tuple], by: int | None) -> np.ndarray:
-    """(T + 1,) percent, thresholds then auto: mean within groups of equal row[by], then over the groups."""
+    """(T + 1,) percent, thresholds then auto: mean within groups of equal row[by], then over the groups; nan
+    without rows."""
+    if not rows:
+        return np.full(len(THRESHOLDS) + 1, np.nan)
     values = np.array([[*r[3].tolist(), r[4]] for r in rows])
     keys = np.array([r[by] if by is not None else "" for r in rows])
     return 100 * np.mean([values[keys == k].mean(0) for k in np.unique(keys)], 0)
 
 
 def summarize(result: Result, scenes: Scenes, args: argparse.Namespace) -> dict:
-    """What --json holds: the four means in percent, each {threshold: mIoU}, the first of them the default
-    definition, whose best and automatic values stand beside it; overlap, intra, inter (None where a set has
-    one category per image only); counts.  Raises ValueError where there was nothing to prompt."""
+    """What --json holds: the four means in percent, each {threshold: mIoU}, where there are such targets, the
+    first of them the default definition, whose best and automatic values stand beside it; overlap, intra,
+    inter (None where a set has one category per image only); counts.  Raises ValueError where there was
+    nothing to prompt."""
     rows = {kind: [r for r in result.rows if r[0] == kind] for kind in ("class", "instance")}
     asked = rows[args.target]
     if not asked:
@@ -287,13 +300,13 @@ def summarize(result: Result, scenes: Scenes, args: argparse.Namespace) -> dict:
                          f"{len(scenes)} images")
     values = means(asked, 1), means(asked, None), means(asked, 2), means(rows["instance"], None)
     table = {k: {f"{t:.1f}": round(x, 3) for t, x in zip(THRESHOLDS, v.tolist(), strict=False)}
-             for k, v in zip(MEANS, values, strict=True)}
+             for k, v in zip(MEANS, values, strict=True) if not np.isnan(v[0])}
     best = max(table["miou"], key=table["miou"].get)
     likeness = [overlap(result.counts), *(result.sums / result.counts.sum(1)).tolist()]
     likeness = [None if math.isnan(v) else round(v, 4) for v in likeness]
     return {**table, "best_threshold": float(best), "best": table["miou"][best],
             "auto": round(values[0][-1], 3),
-            "auto_others": {k: round(v[-1], 3) for k, v in zip(MEANS, values, strict=True)},
+            "auto_others": {k: round(v[-1], 3) for k, v in zip(MEANS, values, strict=True) if k in table},
             **dict(zip(("overlap", "intra", "inter"), likeness, strict=True)),
             "n_categories": len({r[2] for r in asked}), "n_prompts": len(asked),
             "n_skipped": result.skipped[args.target], "n_images": result.images,
@@ -304,6 +317,9 @@ def say(s: dict, min_patches: int) -> None:
     """The table of one checkpoint."""
     print(f"{'mIoU at t =':>14}" + "".join(f"{t:6.1f}" for t in THRESHOLDS) + "     best (t)    auto")
     for k, word in MEANS.items():
+        if k not in s:
+            print(f"{word:>14}  no target of {min_patches} or more patches")
+            continue
         best = max(s[k], key=s[k].get)
         print(f"{word:>14}" + "".join(f"{v:6.1f}" for v in s[k].values())
               + f"{s[k][best]:7.1f} ({best}){s['auto_others'][k]:8.1f}")
@@ -475,7 +491,7 @@ def picture_main(args: argparse.Namespace, device: torch.device) -> None:
         vit, source = load_backbone(ckpt, args.checkpoint_key)
         check_stride(args.stride, vit.patch_size)
         print(source, flush=True)
-        rows.append((Path(ckpt).stem, picture_row(vit.to(device), image, device, args)))
+        rows.append((short_name(ckpt), picture_row(vit.to(device), image, device, args)))
     sheet(rows).save(args.out)
     print(f"drawn in {args.out}")
 
@@ -522,7 +538,7 @@ def table_main(args: argparse.Namespace, device: torch.device) -> None:
         total = result.counts.sum(1, keepdim=True).double()
         panels.append(densities(
             (result.counts / total).numpy(), (result.sums / total[:, 0]).tolist(), ["intra", "inter"],
-            Path(ckpt).stem, f"{scenes.title}, overlap O = {overlap(result.counts):.3f}"))
+            short_name(ckpt), f"{scenes.title}, overlap O = {overlap(result.counts):.3f}"))
     if args.similarity:
         beside(panels).save(args.similarity)
         print(f"densities drawn in {args.similarity}")
@@ -618,18 +634,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--upsample compares pixels: add --truth pixel")
     if args.background_point and not args.point:
         raise ValueError("--background_point takes away from the mask of a --point: give one")
-    for name in ("json", "csv", "similarity", "out"):                  # before an hour's work, not after
-        path = getattr(args, name)
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).parent}")
+    distributed.check_outputs(args, "json", "csv", "similarity", "out")
     args.upsample = bool(args.image) if args.upsample is None else args.upsample
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device)
-    if distributed.world_size() > 1:
-        raise ValueError("zeroshot.py is one process: start it with python, not with torchrun")
+    distributed.one_process("zeroshot.py")
     (picture_main if args.image else few_shot_main if args.fewshot else table_main)(args, device)
 
 

@@ -4,6 +4,7 @@ nothing is read by its name."""
 
 import argparse
 import builtins
+import json
 import os
 import re
 
@@ -12,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import checkpoint
 from checkpoint import load, load_backbone
 from model import MMC, ViT, momentum_teacher
 
@@ -104,6 +106,16 @@ LAYOUTS = {
             | heads()
         },
         "MAE",
+    ),
+    "solo-learn, with momentum": (
+        {},
+        lambda s: {"state_dict": prefixed(other(), "backbone.") | prefixed(s, "momentum_backbone.")},
+        "momentum_backbone",
+    ),
+    "lightly, with momentum": (
+        {},
+        lambda s: {"state_dict": prefixed(other(), "backbone.") | prefixed(s, "backbone_momentum.")},
+        "backbone_momentum",
     ),
     "MSN": (
         {},
@@ -421,3 +433,30 @@ def test_the_real_foreign_file(real_data):
     x = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (vit(x) - theirs.forward_features(x)).abs().max() < 1e-3
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "x.pth", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.pth").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_run_starts_without_git_and_clears_what_a_kill_left(tmp_path, monkeypatch):
+    (tmp_path / ".last.pth.123").write_text("half a file")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkpoint.open_run(argparse.Namespace(output_dir=str(tmp_path)), set()) is None
+    assert json.loads((tmp_path / "run.json").read_text())["commit"] is None
+    assert not (tmp_path / ".last.pth.123").exists()
+
+
+def test_digest_and_short_name():
+    a = source().state_dict()
+    b = {k: v.clone() for k, v in a.items()}
+    assert checkpoint.digest(a) == checkpoint.digest(b)
+    b["cls_token"][0, 0, 0] += 1e-6
+    assert checkpoint.digest(a) != checkpoint.digest(b)
+    names = [checkpoint.short_name(x) for x in ("random:vit_s/16", "out/a/backbone.pth", "weights/dino.pth")]
+    assert names == ["random:vit_s/16", "a/backbone", "dino"]

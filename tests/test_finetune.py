@@ -194,6 +194,11 @@ def test_last_is_read_as_best_is(world, tmp_path, capsys):
     finetune.main(get_args(["--eval", str(tmp_path / "last.pth"), "--num_workers", "0",
                             "--data", str(world / "val")]))            # a folder of test images only
     assert f"top-1 {last['top1']:.2f} % of 15 images" in capsys.readouterr().out
+    finetune.main(get_args(["--eval", str(tmp_path / "last.pth"), "--num_workers", "0", "--size", "48",
+                            "--data", str(world / "val"), "--predictions", str(tmp_path / "48.csv")]))
+    finetune.main(get_args(["--eval", str(tmp_path / "last.pth"), "--num_workers", "0",
+                            "--data", str(world / "val"), "--predictions", str(tmp_path / "32.csv")]))
+    assert (tmp_path / "48.csv").read_text() != (tmp_path / "32.csv").read_text()
 
 
 def test_transforms_reach_spawned_workers(world, tmp_path):

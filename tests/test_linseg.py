@@ -1,6 +1,10 @@
 """Proves: mIoU and accuracy equal scikit-learn's, windows equal a plain evaluation, images and labels stay
 aligned under every augmentation, each published layout is read, and the probe learns, resumes, refuses."""
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ import toy
 from data import generator_of
 from linseg import Pairs, augment, confusion, scores, sliding_logits, windows
 from model import ViT
+
+ROOT = Path(__file__).parent.parent
 
 
 # ---- the score
@@ -130,6 +136,10 @@ def test_wrong_layouts_and_labels_are_named(tmp_path):
     save(tmp_path / "labels/train/a.png", np.zeros((8, 9), np.uint8))
     with pytest.raises(ValueError, match=r"shape \(8, 9\)"):
         Pairs(tmp_path).read(0)
+    for numbers, found in ((np.full((8, 8), 3, np.uint8), 3), (np.full((8, 8), 300, np.uint16), 300)):
+        Image.fromarray(numbers).save(tmp_path / "labels/train/a.png")
+        with pytest.raises(ValueError, match=f"holds class {found}, expected 0 ... 2 or 255"):
+            Pairs(tmp_path, num_classes=3).read(0)
     voc = tmp_path / "voc"
     toy.main(["--out", str(voc), "--layout", "voc", "--n", "1", "--n_val", "1"])
     label = next((voc / "VOC2012/SegmentationClass").glob("toy_train*"))
@@ -193,8 +203,47 @@ def test_it_learns_resumes_exactly_and_reports(world, tmp_path, capsys, monkeypa
         run(world, tmp_path / "cut", "--lr", "0.2")
 
 
+def test_other_weights_at_the_same_path_are_refused(world, tmp_path):
+    ckpt = tmp_path / "again.pth"
+    shutil.copy(world / "vit.pth", ckpt)
+    run(world, tmp_path / "out", "--ckpt", str(ckpt), "--iters", "1")
+    content = torch.load(ckpt, weights_only=True)
+    content["backbone"]["cls_token"] += 1
+    torch.save(content, ckpt)
+    with pytest.raises(ValueError, match="other options: --weights "):
+        run(world, tmp_path / "out", "--ckpt", str(ckpt), "--iters", "1")
+
+
+def test_broken_pairs_are_counted_and_meet_the_ceiling(world, tmp_path, capfd):
+    shutil.copytree(world / "pairs", tmp_path / "pairs")
+    bad = tmp_path / "pairs/labels/train/0.png"
+    bad.write_bytes(b"no picture")
+    more = "--data", str(tmp_path / "pairs"), "--iters", "10"
+    run(world, tmp_path / "a", *more, "--max_bad", "0.5")
+    assert "1 training pairs could not be read" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        run(world, tmp_path / "b", *more)
+    said = f"1 of 18 training pairs cannot be read, more than --max_bad 0.01: {bad}"
+    assert e.value.code == 2 and said in capfd.readouterr().err
+
+
+def test_what_a_worker_cannot_read_ends_the_script_in_one_line(world, tmp_path):
+    """Without care the script waits for ever for a worker that ignores SIGTERM."""
+    shutil.copytree(world / "pairs", tmp_path / "pairs")
+    for label in (tmp_path / "pairs/labels/train").iterdir():
+        label.write_bytes(b"no picture")
+    options = ["--ckpt", str(world / "vit.pth"), "--data", str(tmp_path / "pairs"), "--num_classes", "3",
+               "--crop", "64", "--num_workers", "1", "--output_dir", str(tmp_path / "out")]
+    p = subprocess.run([sys.executable, str(ROOT / "probes.py"), "linseg", *options], capture_output=True,
+                       text=True, timeout=90)
+    said = [x for x in p.stderr.splitlines() if "probes.py:" in x]
+    assert p.returncode == 2 and "Traceback" not in p.stderr, p.stderr
+    assert len(said) == 1 and "pairs in a row cannot be read" in said[0] and "no picture" not in said[0]
+
+
 def test_mistakes(world, tmp_path):
     for wrong, said in ((["--crop", "4"], "patches of 8"), (["--blocks", "9"], "blocks 1 ... 4"),
+                        (["--iters", "0"], "1 or more"), (["--json", "nowhere/x"], "no folder nowhere"),
                         (["--layout", "ade20k"], "no images; expected images/{training")):
         with pytest.raises(ValueError, match=said):
             run(world, tmp_path / "x", *wrong)

@@ -404,6 +404,15 @@ def test_a_wrong_option_is_one_line(script, wrong, capsys):
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_devices_and_ranks(monkeypatch):
+    for name in ("gpu", "cuda", "xpu:7"):
+        with pytest.raises(ValueError, match=f"--device {name}"):
+            distributed.init(name)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="start it with python"):
+        distributed.one_process("probes.py knn")
+
+
 def test_help_documents_every_option():
     for action in pretrain.get_parser()._actions:
         assert action.help and len(action.help) > 10, action.dest

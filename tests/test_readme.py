@@ -1,9 +1,12 @@
-"""Proves: what the README tells one to type exists: each script, each of its options, each picture; and the
-documented option of any script is an option of some script."""
+"""Proves: what the README tells one to type exists: each script, each of its options, each picture; the
+documented option of any script is an option of some script; its tables are those of results/."""
 import re
 from pathlib import Path
 
 import pytest
+
+import ablation
+from monitor import read_lines
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -41,3 +44,11 @@ def test_options_named_alone_exist():
 def test_pictures_and_files_exist():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT) + re.findall(r"^\| `(\w+\.py)`", TEXT, re.M):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results").iterdir()), ids=lambda p: p.name)
+def test_tables_are_those_of_the_results(folder):
+    rows = read_lines(folder / "results.jsonl")
+    table = ablation.table(rows, rows[0]["study"])
+    assert (folder / "table.md").read_text() == table and table in TEXT
+    assert not [x for r in rows for x in r["options"] if x.startswith("/")]        # a path of one machine

@@ -437,6 +437,22 @@ def test_the_result_does_not_depend_on_batch_or_limit(vit):
     assert (all_at_once.counts - one_by_one.counts).abs().sum() < 20
 
 
+def test_classes_without_an_instance_that_is_large_enough(vit, capsys):
+    result = zeroshot.evaluate(vit, coco.ToyScenes(6), 64, torch.device("cpu"), options())
+    result.rows = [r for r in result.rows if r[0] == "class"]
+    summary = zeroshot.summarize(result, coco.ToyScenes(6), options())
+    assert "miou_instance" not in summary and summary["best"] == max(summary["miou"].values())
+    zeroshot.say(summary, 3)
+    assert "instances  no target of 3 or more patches" in capsys.readouterr().out
+
+
+def test_masks_of_another_form_are_refused():
+    zeroshot.check_sides("x", (427, 640), (427, 640))
+    zeroshot.check_sides("a smaller copy", (160, 240), (427, 640))
+    with pytest.raises(ValueError, match="640 x 427 pixels, its masks 427 x 640"):
+        zeroshot.check_sides("x.jpg", (427, 640), (640, 427))
+
+
 def test_stride_pixels_and_points(vit):
     device, scenes = torch.device("cpu"), coco.ToyScenes(2)
     for changed in (
