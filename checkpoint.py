@@ -50,7 +50,8 @@ def save(path: str | os.PathLike, content: dict) -> None:
             os.fsync(folder)
         os.close(folder)
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(e, (OSError, RuntimeError)):                    # torch's zip writer raises RuntimeError
             why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
             raise ValueError(f"{path}: cannot be written ({why}); the file that was there is as it was. Make "
@@ -117,7 +118,7 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
         run = {"command": sys.argv, "options": options, "torch": torch.__version__,
                "python": sys.version.split()[0], "commit": commit()}
         try:
-            for left in out.glob(".*.pth.*"):                          # by a kill in the middle of a save
+            for left in out.glob(".*.pth.*[0-9]"):                     # by a kill in the middle of a save
                 left.unlink()
             (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
         except OSError as e:
@@ -143,7 +144,7 @@ def digest(state: dict[str, Tensor]) -> str:
 
 
 def short_name(path: str) -> str:
-    """A title for a checkpoint: random:ARCH as it is, backbone.pth and last.pth with their folder."""
+    """A title for a checkpoint: random:ARCH as it is; backbone, last and checkpoint with their folder."""
     stem, folder = Path(path).stem, Path(path).absolute().parent.name
     if str(path).startswith("random:"):
         return str(path)

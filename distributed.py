@@ -5,6 +5,7 @@ nothing. NCCL on CUDA, gloo elsewhere.  Exit codes of every script: 0 done, 2 a 
 went wrong (NaN), 75 stopped by a signal after saving: start the same command again."""
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -29,6 +30,8 @@ def init(device: str = "auto") -> torch.device:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() and ranks == 1 else "cpu")
+    if device == "meta":
+        raise ValueError("--device meta: computes nothing; expected auto, cuda, mps or cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     try:
@@ -36,7 +39,7 @@ def init(device: str = "auto") -> torch.device:
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:                        # unknown, not built in, or too few
+    except (RuntimeError, AssertionError, ImportError) as e:           # unknown, not built in, or too few
         raise ValueError(f"--device {device}: torch cannot use it here ({str(e).splitlines()[0]}); expected "
                          "auto, cuda, mps or cpu, and no more ranks than devices") from e
     if ranks > 1 and not dist.is_initialized():
@@ -119,8 +122,7 @@ def run(script: Callable[[], None], *also: type[Exception]) -> None:
         traceback.clear_frames(e.__traceback__)
         if not isinstance(e, (ValueError, *also)):
             raise
-        said = str(e).strip()
-        fail(said.splitlines()[-1].partition(": ")[2] if said.startswith("Caught ") else said)
+        fail(re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(e).strip()))  # without a worker's traceback
     finish()
 
 
@@ -149,19 +151,22 @@ class StopSignal:
     three (`ignore_signals`)."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0                                                 # or the signal's number
         self.before = {s: signal.signal(s, self.handle) for s in SIGNALS}
 
     def release(self) -> None:
-        """After the loop: signals end the process again, at once."""
+        """After the loop, when all is saved: signals end the process again, also one that came too late for
+        the last step."""
         for s, handler in self.before.items():
             signal.signal(s, handler)
+        if self.asked:
+            signal.raise_signal(self.asked)
 
     def handle(self, number: int, _frame) -> None:
         if self.asked and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.asked = True
+        self.asked = number
 
 
 def ignore_signals() -> None:

@@ -391,7 +391,8 @@ def get_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--fraction {args.fraction:g}: expected a share above 0, at most 1")
     if min(args.epochs, args.batch_size, args.accum, 1 if args.shots is None else args.shots,
            args.eval_every, args.log_every) < 1:
-        raise ValueError("--epochs, --batch_size, --accum, --shots, --eval_every: expected 1 or more")
+        raise ValueError("--epochs, --batch_size, --accum, --shots, --eval_every, --log_every: expected 1 or "
+                         "more")
     if args.fraction is not None and args.shots is not None:
         raise ValueError("--fraction and --shots: give one of them")
     if args.val_split is not None and not 0 < args.val_split < 1:
@@ -434,7 +435,8 @@ def main(args: argparse.Namespace) -> None:
     loader = train_loader(Views(train_images, CropAndAugment(args.size, args.augment), args.seed),
                           args.batch_size * args.accum, args.num_workers, device.type == "cuda")
     guard, state = Watch(args, train_images, device), {"step": 0, "best": -1.0, "top1": 0.0}
-    args.weights = checkpoint.digest(backbone.state_dict())            # another file of the same name
+    args.weights = (args.ckpt if str(args.ckpt).startswith("random:") else       # CPUs draw differently
+                    checkpoint.digest(backbone.state_dict()))          # another file of the same name
     last = checkpoint.open_run(args, HARMLESS)
     if last is not None:
         model.load_state_dict(last["model"])

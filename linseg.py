@@ -98,7 +98,7 @@ class Pairs:
             self.names = VOC_NAMES
         else:
             self.files, self.names = self.match(root / "images" / split, root / "labels" / split), None
-        self.classes = num_classes or (len(self.names) if self.names else None)
+        self.classes = len(self.names) if self.names else num_classes
         lost = [str(f) for pair in self.files for f in pair if not f.is_file()]
         if lost or not self.files:
             raise ValueError(f"{root}, {split}: " + (f"{len(lost)} files are missing, the first {lost[0]}"
@@ -206,7 +206,7 @@ class Samples(Dataset):
                 return image, label, error
             except BadImage as e:
                 error = error or str(e)
-        raise BadImage(f"100 pairs in a row cannot be read, the first: {error}")
+        raise BadImage(f"{step + 1} pairs in a row cannot be read, the first: {error}")
 
 
 # ------------------------------------------------- the probe
@@ -284,8 +284,7 @@ def learning_rate(step: int, args) -> float:
 
 @torch.no_grad()
 def evaluate(vit: ViT, head: nn.Module, val: Pairs, args, device) -> tuple[Tensor, list[str]]:
-    """Confusion matrix (C, C) over the ranks, and the pairs that could not be read.  Raises ValueError if
-    that is all of them."""
+    """Confusion matrix (C, C) over the ranks, and what is wrong with the pairs that could not be read."""
     head.eval()
     C = head.conv.out_channels
     counts, bad = torch.zeros(C, C, dtype=torch.int64), []
@@ -341,8 +340,10 @@ def train(vit: ViT, head: nn.Module, optimizer, data: Pairs, args, device, step:
             distributed.fail(f"not finite at iteration {step}: loss {loss.item():.4g}; {args.output_dir} is "
                              "as it was; lower --lr", distributed.FAILED, together=True)
         if lost > args.max_bad * len(data):
-            distributed.fail(f"{lost:.0f} of {len(data)} training pairs cannot be read, more than --max_bad "
-                             f"{args.max_bad:g}: {min(bad, default='see the other ranks')}", together=True)
+            every = set().union(*distributed.everywhere(bad))          # ranks may have met the same one
+            if len(every) > args.max_bad * len(data):
+                distributed.fail(f"{len(every)} of {len(data)} training pairs cannot be read, more than "
+                                 f"--max_bad {args.max_bad:g}: {min(every)}", together=True)
         optimizer.step()
         step += 1
         bar.update()

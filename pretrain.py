@@ -339,8 +339,9 @@ def get_args(argv=None) -> argparse.Namespace:
         raise ValueError(f"--drop_block {args.drop_block}: expected a share of the side above 0, at most 1")
     if not (args.w_rec or args.w_pat or args.w_cls) or min(args.w_rec, args.w_pat, args.w_cls) < 0:
         raise ValueError("--w_rec, --w_pat, --w_cls: expected no negative weight and at least one above 0")
-    if min(args.epochs, args.accum) < 1:
-        raise ValueError(f"--epochs {args.epochs}, --accum {args.accum}: expected 1 or more")
+    if min(args.epochs, args.accum, args.log_every) < 1:
+        raise ValueError(f"--epochs {args.epochs}, --accum {args.accum}, --log_every {args.log_every}: "
+                         "expected 1 or more")
     return args
 
 

@@ -435,6 +435,12 @@ def test_the_real_foreign_file(real_data):
         assert (vit(x) - theirs.forward_features(x)).abs().max() < 1e-3
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        checkpoint.save(tmp_path / "file" / "x.pth", {})
+
+
 def test_files_are_as_readable_as_any_other(tmp_path):
     before = os.umask(0o027)
     try:

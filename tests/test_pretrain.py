@@ -405,12 +405,26 @@ def test_a_wrong_option_is_one_line(script, wrong, capsys):
 
 
 def test_devices_and_ranks(monkeypatch):
-    for name in ("gpu", "cuda", "xpu:7"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("gpu", "cuda", "xpu:7", "meta"):
         with pytest.raises(ValueError, match=f"--device {name}"):
             distributed.init(name)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="start it with python"):
         distributed.one_process("probes.py knn")
+
+
+def test_a_signal_after_the_last_step_still_counts():
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    stop = distributed.StopSignal()
+    signal.raise_signal(signal.SIGUSR1)
+    assert stop.asked and not heard
+    stop.release()
+    assert heard == [1]
+    signal.raise_signal(signal.SIGUSR1)
+    assert heard == [1, 1]
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_help_documents_every_option():

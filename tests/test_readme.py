@@ -14,7 +14,8 @@ FENCED = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
 INLINE = [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))]
 LINES = [line.split("#")[0] for block in FENCED for line in re.sub(r"\\\n", " ", block).splitlines()] + INLINE
 COMMANDS = [(m[1], m[2]) for line in LINES if (m := re.search(r"([\w/]+)\.py\b(.* --.*)", line))]
-BORROWED = {"probes": ["linseg", "retrieval"], "ablation": ["pretrain", "zeroshot", "finetune"]}       # options come from there, too
+BORROWED = {"probes": ["linseg", "retrieval"],                                 # options come from there, too
+            "ablation": ["pretrain", "zeroshot", "finetune"]}
 
 
 def options(script):

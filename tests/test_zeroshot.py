@@ -446,11 +446,16 @@ def test_classes_without_an_instance_that_is_large_enough(vit, capsys):
     assert "instances  no target of 3 or more patches" in capsys.readouterr().out
 
 
-def test_masks_of_another_form_are_refused():
+def test_masks_of_another_form_are_refused(vit):
     zeroshot.check_sides("x", (427, 640), (427, 640))
     zeroshot.check_sides("a smaller copy", (160, 240), (427, 640))
+    zeroshot.check_sides("a larger photo", (3999, 6000), (427, 640))
     with pytest.raises(ValueError, match="640 x 427 pixels, its masks 427 x 640"):
         zeroshot.check_sides("x.jpg", (427, 640), (640, 427))
+    scenes = coco.ToyScenes(1)
+    scenes.read = lambda i: torch.zeros(3, 64, 40, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="its masks 64 x 64"):
+        zeroshot.evaluate(vit, scenes, 64, torch.device("cpu"), options())
 
 
 def test_stride_pixels_and_points(vit):
