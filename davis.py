@@ -34,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -398,10 +397,8 @@ def main(args: argparse.Namespace) -> None:
             write_overlay(clip, out / clip.name, out / "overlay")
         times = ", ".join(f"{k} {1000 * s / n:.0f}" for k, s in seconds.items())
         print(line + f"  (ms per frame: {times})" * bool(times), flush=True)
-    if dist.is_initialized():
-        gathered = [None] * distributed.world_size()
-        dist.all_gather_object(gathered, results)
-        results = {c.name: g[c.name] for c in clips for g in gathered if c.name in g}
+    gathered = distributed.everywhere(results)
+    results = {c.name: g[c.name] for c in clips for g in gathered if c.name in g}
     if distributed.is_main() and results:
         write_results(results, out, args)
     distributed.say(f"written to {out}")

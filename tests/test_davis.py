@@ -405,8 +405,8 @@ def test_two_ranks_share_the_sequences(world, tmp_path, monkeypatch):
         said[distributed.rank()] = found
         out[:] = [said.get(0, {}), said[1]]
 
-    monkeypatch.setattr(davis.dist, "all_gather_object", all_gather_object)
-    monkeypatch.setattr(davis.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "init", torch.device)
     monkeypatch.setattr(distributed, "finish", lambda: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
