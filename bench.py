@@ -264,6 +264,7 @@ PARTS = {"step": bench_step, "infonce": bench_infonce, "davis": bench_davis, "kn
 
 
 def main(args) -> None:
+    distributed.check_outputs(args, "json")
     device = distributed.init(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

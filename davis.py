@@ -402,7 +402,6 @@ def main(args: argparse.Namespace) -> None:
     if distributed.is_main() and results:
         write_results(results, out, args)
     distributed.say(f"written to {out}")
-    distributed.finish()
 
 
 def get_parser() -> argparse.ArgumentParser:
