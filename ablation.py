@@ -47,7 +47,7 @@ COLUMNS = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "toy prom
 
 
 def call(script: str, *options: str) -> None:
-    """Run one of our scripts.  Raises ValueError with its exit code if it does not end well."""
+    """Run one of our scripts; ends with its exit code if it does not end well."""
     command = [sys.executable, str(Path(__file__).parent / script), *map(str, options)]
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -57,14 +57,23 @@ def call(script: str, *options: str) -> None:
         code = process.wait()
     signal.signal(signal.SIGTERM, before)
     if code:
-        raise ValueError(f"{' '.join(command[1:])} ended with code {code}; start the same command to go on")
+        distributed.fail(f"{' '.join(command[1:])} ended with code {code}; start the same command to go on",
+                         code if code in (distributed.STOPPED, distributed.FAILED) else distributed.MISUSED)
+
+
+def how(options: list[str], args: argparse.Namespace) -> dict:
+    """What rows of one table share: the options of pretraining and those of the evaluations."""
+    zeroshot, finetune = args.coco or args.voc, args.finetune
+    return {"options": args.pretrain + options,
+            "evaluation": {"coco": args.coco, "voc": args.voc, "zeroshot": zeroshot and args.zeroshot_options,
+                           "finetune": finetune and [finetune, args.finetune_options]}}
 
 
 def run_variant(name: str, options: list[str], seed: int, args: argparse.Namespace) -> dict:
     """Pretrain and evaluate one variant; returns its line of results.jsonl, figures in percent."""
     work = Path(args.work or Path("out/ablation") / Path(args.out).name) / f"{name.replace(' ', '_')}_{seed}"
     call("pretrain.py", "--output_dir", work, "--seed", seed, *args.pretrain, *options)
-    row = {"study": args.study, "variant": name, "seed": seed, "options": args.pretrain + options,
+    row = {"study": args.study, "variant": name, "seed": seed, **how(options, args),
            **json.loads((work / "results.json").read_text())}
     found = {x["epoch"]: [x["epoch"], x["knn_cls"], x["knn_pat"]] for x in read_lines(work / "log.jsonl")
              if "knn_cls" in x}                                        # an epoch that ran twice counts once
@@ -161,9 +170,10 @@ def main(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for name, options in chosen.items():
             done = [r for r in read_lines(file) if (r["variant"], r["seed"]) == (name, seed)]
-            if any(r["options"] != args.pretrain + options for r in done):
-                raise ValueError(f"{file}: {name}, seed {seed}, was run with other options, "
-                                 f"{' '.join(done[0]['options']) or 'none'}: give another --out")
+            for key, now in how(options, args).items():
+                if done and done[0].get(key) != now:
+                    raise ValueError(f"{file}: {name}, seed {seed}, was run with other options, "
+                                     f"{done[0].get(key)}, not {now}: give another --out")
             if done:
                 continue
             print(f"{args.study} {name}, seed {seed}", flush=True)

@@ -288,4 +288,4 @@ if __name__ == "__main__":
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--json", help="append the medians to this file, one JSON line")
-    distributed.run(lambda: main(p.parse_args()), OSError)
+    distributed.run(lambda: main(p.parse_args()))

@@ -92,7 +92,8 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
     new run.
 
     A folder whose run had other options is refused, with their names, unless they are all `harmless` or
-    args.force. Writes run.json: options, number of ranks, versions, commit.  Raises ValueError."""
+    args.force; one that began with other weights (args.weights, a `digest`) always. Writes run.json:
+    options, number of ranks, versions, commit.  Raises ValueError."""
     out, last = Path(args.output_dir), Path(args.output_dir) / "last.pth"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output_dir {out}: is a file, expected a folder")
@@ -109,6 +110,9 @@ def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
     if content is not None:
         if "options" not in content:
             raise ValueError(f"{last}: not written by this script; give another --output_dir")
+        if content["options"].get("weights") != options.get("weights"):
+            raise ValueError(f"{out} holds a run that began with other weights than {args.ckpt} has now; "
+                             "give another --output_dir")
         changed = [f"--{k} {content['options'].get(k)} -> {v}" for k, v in options.items()
                    if k not in harmless and content["options"].get(k) != v]
         if changed and not args.force:

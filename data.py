@@ -135,7 +135,7 @@ class Named:
         try:
             with distributed.main_first():                             # or the ranks would write one file
                 kind = cls(root, **splits[split], download=download)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:                           # not there; no network
             hint = "add --download" if not download else str(e).splitlines()[0]
             raise ValueError(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
         self.kind, self.split, self.title = kind, split, name
@@ -186,6 +186,15 @@ def open_images(data: str, split: str = "train", data_root: str = "data", downlo
         return Files(root / "train" if (root / "train").is_dir() else root)
     val = root / "val" if (root / "train").is_dir() else root.parent / "val" if root.name == "train" else None
     return Files(val) if val is not None and val.is_dir() else None
+
+
+def open_val(args, **more):
+    """Images to test on: those of --val_data, in its val/ if it has one, or else the val split of --data.
+    Returns None where there is none.  args: data, val_data, data_root, download; more: of `open_images`."""
+    if args.val_data and Path(args.val_data).is_dir():
+        inner = Path(args.val_data) / "val"
+        return Files(inner if inner.is_dir() else args.val_data)
+    return open_images(args.val_data or args.data, "val", args.data_root, args.download, **more)
 
 
 def same_classes(a, b, what: str) -> None:

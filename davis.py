@@ -446,4 +446,4 @@ def check(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments = get_parser().parse_args()
-    distributed.run(lambda: (check(arguments), main(arguments)), OSError)
+    distributed.run(lambda: (check(arguments), main(arguments)))

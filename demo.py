@@ -410,4 +410,4 @@ def launch(blocks, host: str, port: int, wait: bool = True) -> str:
 
 
 if __name__ == "__main__":
-    distributed.run(lambda: main(get_parser().parse_args()), OSError)
+    distributed.run(lambda: main(get_parser().parse_args()))

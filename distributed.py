@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 STOPPED, FAILED, MISUSED = 75, 3, 2            # 75 is EX_TEMPFAIL of sysexits.h
+PICTURES = ".png", ".jpg", ".webp"
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
@@ -112,26 +113,32 @@ def fail(message: str, code: int = MISUSED, together: bool = False) -> None:
     raise SystemExit(code)
 
 
-def run(script: Callable[[], None], *also: type[Exception]) -> None:
-    """A script from its command line: a ValueError (or one of `also`) is the user's mistake, one line and
-    exit code 2, also where a loader worker met it."""
+def run(script: Callable[[], None]) -> None:
+    """A script from its command line: a ValueError is the user's mistake and an OSError that of the disk or
+    the network, one line and exit code 2, also where a loader worker met it."""
     try:
         script()
     except BaseException as e:
         # lets go of loaders: at exit Python would ask their workers by SIGTERM, which they ignore, and wait
         traceback.clear_frames(e.__traceback__)
-        if not isinstance(e, (ValueError, *also)):
+        if not isinstance(e, (ValueError, OSError)):
             raise
         fail(re.sub(r"(?s)^Caught .*\n[\w.]+: ", "", str(e).strip()))  # without a worker's traceback
     finish()
 
 
 def check_outputs(args, *names: str) -> None:
-    """Raises ValueError for a file to be written whose folder is not there: now, not after hours of work."""
+    """Raises ValueError for a file that cannot be written, now and not after hours of work: a folder that is
+    not there, a folder in its place, a picture with no format."""
     for name in names:
-        path = getattr(args, name, None)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).parent}")
+        given = getattr(args, name, None)
+        path = Path(given or "").absolute()
+        if given and not path.parent.is_dir():
+            raise ValueError(f"--{name} {given}: there is no folder {Path(given).parent}")
+        if given and path.is_dir():
+            raise ValueError(f"--{name} {given}: is a folder, expected a file to write")
+        if given and name in ("picture", "similarity", "out") and path.suffix.lower() not in PICTURES:
+            raise ValueError(f"--{name} {given}: expected a name that ends in {', '.join(PICTURES)}")
 
 
 def one_process(script: str) -> None:
@@ -155,12 +162,13 @@ class StopSignal:
         self.before = {s: signal.signal(s, self.handle) for s in SIGNALS}
 
     def release(self) -> None:
-        """After the loop, when all is saved: signals end the process again, also one that came too late for
-        the last step."""
+        """After the loop, when all is saved: signals end the process again; one that came too late for the
+        last step ends it now."""
         for s, handler in self.before.items():
             signal.signal(s, handler)
         if self.asked:
-            signal.raise_signal(self.asked)
+            fail("stopped by a signal after the last step, which is saved; start the same command again",
+                 STOPPED)
 
     def handle(self, number: int, _frame) -> None:
         if self.asked and number == signal.SIGINT:

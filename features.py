@@ -49,8 +49,8 @@ def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
 def crop_size(vit: ViT, size: int | None) -> int:
     """Pixels of the crop's side: `size`, or 224 floored to whole patches.  Raises ValueError."""
     P = vit.patch_size
-    size = size or 224 // P * P
-    if size % P:
+    size = 224 // P * P if size is None else size
+    if size % P or size < P:
         raise ValueError(f"--size {size} is not a multiple of the patch size {P} of the network: try "
                          f"{max(1, size // P) * P}")
     return size

@@ -45,6 +45,7 @@ from data import (
     labelled,
     normalize,
     open_images,
+    open_val,
     same_classes,
     seed_of,
     to_device,
@@ -58,8 +59,8 @@ from monitor import Guard
 
 RECIPES = {"in1k": dict(epochs=100, augment="rand"), "transfer": dict(epochs=200, augment="three")}
 PLAIN = dict(mixup=0.0, cutmix=0.0, smoothing=0.0, augment="none", drop_path=0.0)          # of --linear
-HARMLESS = {"output_dir", "num_workers", "log_every", "save_every", "max_bad", "device", "data_root",
-            "download", "force", "json", "predictions", "picture", "eval_every"}
+HARMLESS = {"ckpt", "checkpoint_key", "output_dir", "num_workers", "log_every", "save_every", "max_bad",
+            "device", "data_root", "download", "force", "json", "predictions", "picture", "eval_every"}
 
 
 class Classifier(nn.Module):
@@ -134,11 +135,10 @@ def chosen(images, fraction: float | None, shots: int | None, seed: int):
 
 
 def open_split(args) -> tuple:
-    """Labelled train and val images, without --fraction and --shots; of --eval, any labelled folder is val.
-    Raises ValueError where they do not fit together."""
-    where = args.data_root, args.download
-    train = labelled(open_images(args.data, "train", *where), f"--data {args.data}")
-    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", *where)
+    """Labelled train and val images, without --fraction and --shots; of --eval, a folder without train/ and
+    val/ is val.  Raises ValueError where they do not fit together."""
+    train = labelled(open_images(args.data, "train", args.data_root, args.download), f"--data {args.data}")
+    val = open_val(args)
     if val is None and args.val_split:
         held = set(chosen(train, args.val_split, None, 0).index)
         train, val = (Part(train, [i for i in range(len(train)) if (i in held) == k]) for k in (False, True))
@@ -148,7 +148,7 @@ def open_split(args) -> tuple:
                              f"{', '.join(gone[:5])}")
         say(f"no val split: every class lends {args.val_split:g} of its images, {len(val)} in all, the same "
             "for every --seed")
-    if val is None and not args.eval:
+    if val is None and (not args.eval or (Path(args.data) / "train").is_dir()):
         raise ValueError(f"--data {args.data}: no val split; give DIR/val/CLASS/*, --val_data, or "
                          "--val_split 0.2")
     val = train if val is None else labelled(val, f"val images of {args.val_data or args.data}")

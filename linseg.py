@@ -53,7 +53,8 @@ LAYOUTS = {
     "voc_aug": "as voc, with SegmentationClassAug/ and ImageSets/Segmentation/trainaug.txt",
     "pairs": "images/{train,val}/NAME.jpg, labels/{train,val}/NAME.png",
 }
-HARMLESS = {"output_dir", "num_workers", "save_every", "max_bad", "device", "force", "json"}
+HARMLESS = {"ckpt", "checkpoint_key", "output_dir", "num_workers", "save_every", "max_bad", "device", "force",
+            "json"}
 
 
 # ------------------------------------------------- images and their labels
@@ -368,8 +369,8 @@ def vars_of(args) -> dict:
     return {k: v for k, v in vars(args).items() if k != "main"} | {"world_size": distributed.world_size()}
 
 
-def picture(vit: ViT, head: nn.Module, val: Pairs, args, device, n: int = 6) -> Image.Image:
-    """Image, prediction and truth of n test images, evenly spaced."""
+def picture(vit: ViT, head: nn.Module, val: Pairs, args, device, n: int = 6) -> Image.Image | None:
+    """Image, prediction and truth of n test images, evenly spaced; None if none of them can be read."""
     rows, head = [], head.eval()
     for i in torch.linspace(0, len(val) - 1, min(n, len(val))).long().tolist():
         try:
@@ -383,7 +384,7 @@ def picture(vit: ViT, head: nn.Module, val: Pairs, args, device, n: int = 6) -> 
         names = ", ".join(val.names[k] if val.names else str(k) for k in kinds)
         rows.append((f"{val.name(i)}: {names}", [("image", photo), ("prediction", figure.painted(
             photo, guess.numpy())), ("truth (white: not scored)", truth.astype(np.uint8))]))
-    return figure.sheet(rows)
+    return figure.sheet(rows) if rows else None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -392,11 +393,11 @@ def main(args: argparse.Namespace) -> None:
     say(report)
     args.blocks = args.blocks or default_blocks(vit.depth)
     args.crop = args.crop // vit.patch_size * vit.patch_size
-    if args.crop == 0 or not all(1 <= b <= vit.depth for b in args.blocks):
+    if args.crop <= 0 or not all(1 <= b <= vit.depth for b in args.blocks):
         raise ValueError(f"--blocks {args.blocks}, --crop {args.crop}: this network has blocks 1 ... "
                          f"{vit.depth} and patches of {vit.patch_size} pixels")
-    if min(args.iters, args.batch_size, args.save_every) < 1:
-        raise ValueError("--iters, --batch_size, --save_every: expected 1 or more")
+    if min(args.iters, args.batch_size, args.save_every, args.num_classes or 1) < 1:
+        raise ValueError("--iters, --batch_size, --save_every, --num_classes: expected 1 or more")
     distributed.check_outputs(args, "json")
     data, val = (Pairs(args.data, split, args.layout, args.num_classes) for split in ("train", "val"))
     classes = data.classes
@@ -439,8 +440,9 @@ def main(args: argparse.Namespace) -> None:
         "crop": args.crop, "blocks": args.blocks, "miou": round(miou, 3), "accuracy": round(accuracy, 3),
         "iou": by_class, "left_out": len(bad)})
     out = Path(args.output_dir)
-    picture(vit, head, val, args, device).save(out / "predictions.png")
-    print(f"look at {out / 'predictions.png'}")
+    if (drawn := picture(vit, head, val, args, device)) is not None:
+        drawn.save(out / "predictions.png")
+        print(f"look at {out / 'predictions.png'}")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from data import Views, open_images, seed_of, to_device, train_loader
+from data import Views, open_images, open_val, seed_of, to_device, train_loader
 from distributed import say, unwrap
 from losses import global_contrast, mean_cosines, patch_contrast, reconstruction
 from masking import GMML, Augmentation, MultiCrop, colour, gmml, mask_to_patches
@@ -318,6 +318,8 @@ def get_args(argv=None) -> argparse.Namespace:
         p.set_defaults(**TOY, knn_every=2)
     args = p.parse_args(argv)
     args.arch = ALIASES.get(args.arch, args.arch)
+    if args.patch_size < 1:
+        raise ValueError(f"--patch_size {args.patch_size}: expected 1 or more")
     args.epochs = PAPER_EPOCHS.get(args.arch, 500) if args.epochs is None else args.epochs
     args.knn_every = 10 if args.knn_every is None else args.knn_every
     args.drop_align = args.patch_size if args.drop_align is None else args.drop_align
@@ -350,10 +352,8 @@ def main(args: argparse.Namespace) -> None:
     if args.data is None or args.data == "toy":
         say("toy run: the generated world with its own small settings; --data DIR trains on your images with "
             "the paper's")
-    where = args.data_root, args.download
-    images = open_images(args.data, "train", *where, seed=args.seed)
-    held_out = (args.val_data, "train") if args.val_data else (args.data, "val")
-    val = open_images(*held_out, *where, seed=args.seed)
+    images = open_images(args.data, "train", args.data_root, args.download, seed=args.seed)
+    val = open_val(args, seed=args.seed)
     augmentation = Augmentation(
         args.global_crops_size, args.global_crops_scale, args.local_crops_number, args.local_crops_size,
         args.local_crops_scale, args.flip, args.jitter, 0.8, args.grey, args.blur, args.blur_sigma,

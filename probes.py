@@ -34,7 +34,16 @@ import retrieval
 import zeroshot
 from checkpoint import load_backbone
 from coco import Coco, ToyScenes, Voc
-from data import BadImage, denormalize, generator_of, labelled, normalize, open_images, same_classes
+from data import (
+    BadImage,
+    denormalize,
+    generator_of,
+    labelled,
+    normalize,
+    open_images,
+    open_val,
+    same_classes,
+)
 from features import CentreCrop, centre_crop, crop_size, extract_features
 from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
@@ -133,6 +142,8 @@ def variance_of(encode, images, size: int, n: int, views: int, device, seed: int
 
 
 def variance_main(args: argparse.Namespace) -> None:
+    if min(args.views, args.limit) < 1:
+        raise ValueError(f"--views {args.views}, --limit {args.limit}: expected 1 or more")
     device, vit, size = begin(args)
     images = open_images(args.data, "train", args.data_root, args.download)
     print(f"variance: {min(args.limit, len(images))} images, {args.views} crops of {size} px and "
@@ -262,9 +273,7 @@ def note(args, probe: str, **values) -> None:
 
 def open_pair(args):
     """Labelled train and val images with the same classes.  Raises ValueError."""
-    where = args.data_root, args.download
-    train = open_images(args.data, "train", *where)
-    val = open_images(args.val_data, "train") if args.val_data else open_images(args.data, "val", *where)
+    train, val = open_images(args.data, "train", args.data_root, args.download), open_val(args)
     if val is None or train.labels is None or val.labels is None:
         raise ValueError(f"--data {args.data}: k-NN needs class folders and a val split: "
                          "DIR/train/CLASS/*, DIR/val/CLASS/*, or give --val_data")

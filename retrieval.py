@@ -28,7 +28,7 @@ from tqdm import tqdm
 import distributed
 import figure
 from checkpoint import load_backbone
-from data import BadImage, normalize, read_image
+from data import normalize, read_image
 from model import ViT
 
 KAPPAS = (1, 5, 10)
@@ -158,10 +158,7 @@ def main(args: argparse.Namespace) -> None:
           f"scales {', '.join(f'{s:.3g}' for s in scales)}")
     features = torch.empty(len(files), vit.embed_dim)
     for i, path in enumerate(tqdm(files, "features", mininterval=1)):
-        try:
-            image = read_image(path)
-        except BadImage as e:
-            raise ValueError(str(e)) from e
+        image = read_image(path)
         if i >= len(names) and args.query_crop:
             image = cropped(image, upright_box(path, gnd[i - len(names)]["bbx"]))
         features[i] = describe(vit, image, args.imsize, scales, args.head, device)

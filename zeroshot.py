@@ -80,8 +80,8 @@ def auto_threshold(similarity: Tensor, prompts: int = 1) -> Tensor:
 
         t = mean + (1 - 1 / (2 * prompts)) * (max - mean)
 
-    On COCO and VOC this comes within a point of the best single threshold, or above it (README).  The rule
-    was picked on 160 COCO images.
+    With trained weights this comes within a point of the best single threshold, or above it (README).  The
+    rule was picked on 160 COCO images.
     similarity: (..., N), before `take_away`.  Returns (..., 1)."""
     low, high = similarity.mean(-1, keepdim=True), similarity.amax(-1, keepdim=True)
     return low + (1 - 0.5 / prompts) * (high - low)
@@ -489,7 +489,6 @@ def picture_main(args: argparse.Namespace, device: torch.device) -> None:
                              f"pixels wide and {image.shape[1]} high")
     for ckpt in args.ckpt:
         vit, source = load_backbone(ckpt, args.checkpoint_key)
-        check_stride(args.stride, vit.patch_size)
         print(source, flush=True)
         rows.append((short_name(ckpt), picture_row(vit.to(device), image, device, args)))
     sheet(rows).save(args.out)
@@ -523,7 +522,6 @@ def table_main(args: argparse.Namespace, device: torch.device) -> None:
     for ckpt in args.ckpt:
         vit, source = load_backbone(ckpt, args.checkpoint_key)
         P, scenes = vit.patch_size, open_scenes(args)
-        check_stride(args.stride, P)
         size = working_size(args.size or (vit.config["img_size"] if args.toy else 480), P)
         protocol = {"data": scenes.title, "size": size, "stride": args.stride or P}
         protocol |= {k: getattr(args, k) for k in PROTOCOL}
@@ -642,8 +640,10 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     device = distributed.init(args.device)
     distributed.one_process("zeroshot.py")
+    for ckpt in args.ckpt:                                             # all of them, before any work
+        check_stride(args.stride, load_backbone(ckpt, args.checkpoint_key)[0].patch_size)
     (picture_main if args.image else few_shot_main if args.fewshot else table_main)(args, device)
 
 
 if __name__ == "__main__":
-    distributed.run(lambda: main(get_parser().parse_args()), OSError)
+    distributed.run(lambda: main(get_parser().parse_args()))

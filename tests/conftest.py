@@ -1,4 +1,4 @@
-"""Shared by all tests: where the real images are, and one thread per test process (two cores, often busy)."""
+"""Shared by all tests: where the real images are, two threads unless MMC_TEST_THREADS says otherwise."""
 
 import os
 import signal

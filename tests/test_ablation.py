@@ -1,6 +1,7 @@
 """Proves: each study's variants are options that pretrain.py takes, Table 4's losses are on and off as named;
 a study runs, evaluates, goes on after an interruption without doing a run twice, and draws what it found."""
 import json
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -76,8 +77,23 @@ def test_curves_join_the_epochs_that_all_seeds_have():
 
 def test_a_run_with_other_options_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps(row("100", 0, 30.0) | {"options": ["--epochs", "9"]}))
-    with pytest.raises(ValueError, match="other options, --epochs 9"):
-        ablation.main(ablation.get_args(["--out", str(tmp_path), "--variants", "100"]))
+    command = ["--out", str(tmp_path), "--variants", "100", "--voc", "VOCdevkit"]
+    with pytest.raises(ValueError, match="other options, .'--epochs', '9'.* give another --out"):
+        ablation.main(ablation.get_args(command))
+    args = ablation.get_args(command)
+    (tmp_path / "results.jsonl").write_text(json.dumps(
+        row("100", 0, 30.0) | ablation.how(ablation.STUDIES["table4"]["100"], args)))
+    ablation.main(args)
+    with pytest.raises(ValueError, match="'--limit 80'.*, not .*'--size 240'.* give another --out"):
+        ablation.main(ablation.get_args([*command, "--zeroshot_options", "--size 240"]))
+
+
+def test_the_exit_code_of_a_stopped_run_is_passed_on(monkeypatch):
+    for code, wanted in ((75, 75), (3, 3), (1, 2), (-9, 2)):
+        monkeypatch.setattr(ablation.subprocess, "Popen", lambda _, code=code: Mock(wait=lambda: code))
+        with pytest.raises(SystemExit) as e:
+            ablation.call("pretrain.py")
+        assert e.value.code == wanted
 
 
 def test_a_wrong_name_is_named():

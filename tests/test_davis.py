@@ -408,7 +408,6 @@ def test_two_ranks_share_the_sequences(world, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather_object)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "init", torch.device)
-    monkeypatch.setattr(distributed, "finish", lambda: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

@@ -163,6 +163,19 @@ def test_resume_is_exact(world, tmp_path, monkeypatch):
     assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
 
 
+def test_what_is_tested_is_never_the_train_folder_by_accident(world, tmp_path, capsys):
+    train(world, tmp_path / "out", "--epochs", "1")
+    (tmp_path / "one").mkdir()
+    shutil.copytree(world / "train", tmp_path / "one/train")
+    test = ["--eval", str(tmp_path / "out/best.pth"), "--device", "cpu", "--num_workers", "0", "--data"]
+    with pytest.raises(ValueError, match="no val split"):
+        finetune.main(finetune.get_args([*test, str(tmp_path / "one")]))
+    shutil.copytree(world / "val", tmp_path / "flat")
+    for where in ([str(world)], [str(tmp_path / "flat")], [str(tmp_path / "one"), "--val_data", str(world)]):
+        finetune.main(finetune.get_args([*test, *where]))
+        assert "of 15 images" in capsys.readouterr().out
+
+
 def test_ranks_share_the_test_images(world, tmp_path):
     """15 images on 2 ranks: the same answer for each as on one."""
     train(world, tmp_path)
@@ -259,6 +272,8 @@ def test_mistakes_are_named(world, tmp_path):
                         (["--val_data", str(tmp_path / "two/val")], "one of them has blue, green, other"),
                         (["--size", "30"], "not a multiple of the patch size 8 .*try 24"),
                         (["--fraction", "2"], "at most 1"), (["--batch_size", "99"], "lower --batch_size"),
+                        (["--size", "0"], "not a multiple"), (["--json", str(tmp_path)], "is a folder"),
+                        (["--picture", str(tmp_path / "x")], "ends in .png"),
                         (["--eval", "x"], "give --ckpt")):
         with pytest.raises(ValueError, match=said):
             train(world, tmp_path / "out", *wrong)
