@@ -644,6 +644,19 @@ def test_mistakes_are_one_line(words, reason):
     assert "\n" not in str(e.value)
 
 
+def test_all_checkpoints_are_opened_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(zeroshot, "evaluate", lambda *_: pytest.fail("worked first"))
+    table = tmp_path / "kept.csv"
+    table.write_text("an older table")
+    for more, reason in (
+        (["no.pth"], "no such checkpoint"),
+        (["random:vit_micro/14", "--stride", "4"], "does not divide the patch size 14"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run("--ckpt", "random:vit_micro/8", *more, "--toy", "--csv", table)
+    assert table.read_text() == "an older table"
+
+
 def test_exit_code(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (64, 48)).save(tmp_path / "x.png")
     for words in (
