@@ -1,119 +1,127 @@
-"""Images: read any file, find them in any folder, feed them to the ranks in an order that can be repeated.
+"""Sets of images: find them in any folder, and feed them to the ranks in an order that can be repeated.
 
-    --data DIR   any folder: flat or nested, with class folders or not; DIR/train and DIR/val if they exist
+    --data DIR   any folder: flat or nested, with class folders or not; DIR/train and DIR/val where they exist
     --data toy   the generated world of toy.py
     --data pets  cifar10, cifar100, stl10, flowers102, pets, cars, aircraft, through torchvision (--download)
 
-An image source is anything with `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (or None) and
-`classes`. Everything random about a training image comes from a generator of its own, seeded by (seed, epoch,
-index): it does not depend on the worker, the rank or the batch.  A file that cannot be read is replaced by
-the next one that can."""
+An image source has `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (or None), `classes`, and
+`about`, a line on what it holds.  Everything random about a training image comes from a generator of its own,
+seeded by (seed, epoch, index), so that no worker, rank or batch changes it."""
 import hashlib
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
-from toy import ToyImages
+from images import EXTENSIONS, BadImage, centre_crop, pil_to_tensor, read_image
+from run import Mistake
+from toy import CLASSES, Scene, scene
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-MAX_PIXELS = 178_956_970                       # Pillow's own limit for a decompression bomb
+MAX_STRAYS = 0.1                               # share of images beside the class folders that is left out
+SPLITS = {"train", "val", "valid", "validation", "test"}
+IN100 = Path(__file__).parent / "in100.txt"    # the 100 classes of ImageNet-100
 
 
-class BadImage(ValueError):
-    """A file that is not a readable image; the message names it."""
+class LoaderDied(Mistake):
+    """A loader process was killed; what was trained until then can be saved."""
 
 
 def seed_of(*parts) -> int:
-    """A 63-bit seed from any printable parts, the same on every machine:
-    seed_of(0, 'epoch', 3) != seed_of(0, 3)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    """A 63-bit seed from any printable parts, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def generator_of(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device; on CUDA without waiting for the copy, which is not safe elsewhere (MPS)."""
-    return x.to(device, non_blocking=device.type == "cuda")
+def evenly(n: int, total: int) -> list[int]:
+    """At most n indices of `total`, evenly spaced from the first to the last."""
+    return torch.linspace(0, total - 1, min(n, total)).long().tolist()
 
 
-def normalize(x: Tensor) -> Tensor:
-    """uint8 0..255 or float 0..1 (..., 3, H, W) -> float32 normalised by ImageNet's mean and deviation."""
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x - mean) / std
+# ------------------------------------------------- sources
+def walk(root: str | os.PathLike, left_out: Counter, only: set[str] | None = None) -> Iterator[str]:
+    """Paths of all images below a folder, unsorted: the one walk of every script.
+
+    Names that begin with a dot are never data.  A folder to which links lead is entered once.  Other files
+    are counted in `left_out` by suffix.  only: names of the folders to enter directly below the root.  Raises
+    Mistake for a folder that cannot be opened."""
+    waiting, seen = [str(root)], set()
+    while waiting:
+        folder = waiting.pop()
+        try:
+            about = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as e:
+            raise Mistake(f"{folder}: this folder cannot be opened ({e.strerror})") from e
+        if (about.st_dev, about.st_ino) in seen:
+            left_out["links to folders that are there already"] += 1
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if only is None or folder != str(root) or entry.name in only:
+                    links_last = 0 if entry.is_symlink() else len(waiting)
+                    waiting.insert(links_last, entry.path)
+            elif suffix in EXTENSIONS:
+                yield entry.path
+            else:
+                left_out[suffix or "without suffix"] += 1
 
 
-def denormalize(x: Tensor) -> Tensor:
-    """The inverse of `normalize`, clipped, as uint8."""
-    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x.float() * std + mean).mul(255).round().clamp(0, 255).byte()
+def described(n: int, classes: list, left_out: Counter, why: str = "") -> str:
+    """'N images, K classes; left out: 3 .txt', or why there are no classes."""
+    labels = f"{len(classes)} classes" if classes else f"no labels{why and f' ({why})'}"
+    left = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
+    return f"{n} image{'s' * (n != 1)}, {labels}" + (f"; left out: {left}" if left else "")
 
 
-def read_image(path: str | os.PathLike) -> Tensor:
-    """Any image file -> (3, H, W) uint8 RGB, upright by its EXIF tag; grey, palette, CMYK, alpha, 16-bit are
-    converted. Ordinary JPEGs go through torchvision's decoder (3x faster; a later torchvision may drop it),
-    everything else through Pillow.
-    Raises BadImage for what is missing, broken, truncated, no image, or above MAX_PIXELS."""
-    try:
-        with Image.open(path) as im:
-            if im.width * im.height > MAX_PIXELS:
-                raise ValueError(f"{im.width}x{im.height} is more than {MAX_PIXELS} pixels")
-            if im.format == "JPEG" and im.mode in ("RGB", "L") and hasattr(torchvision.io, "decode_jpeg"):
-                data = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-                return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB,
-                                                  apply_exif_orientation=True)
-            return pil_to_tensor(im)
-    except Exception as e:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ...
-        raise BadImage(f"{path}: not a readable image ({type(e).__name__}: "
-                       f"{str(e).splitlines()[0] if str(e) else ''})") from e
+class ImageFolder:
+    """Image files below a folder, nested or flat.  Two or more folders of images at the top are the classes,
+    and a few images beside them are left out.  only: the classes to take, by folder name.  Raises Mistake."""
 
-
-def pil_to_tensor(im: Image.Image) -> Tensor:
-    """Pillow image of any mode -> (3, H, W) uint8 RGB, upright."""
-    im = ImageOps.exif_transpose(im)
-    if im.mode in ("I", "F") or im.mode.startswith("I;16"):                 # 16-bit grey: keep the upper byte
-        a = np.asarray(im).astype(np.float64)
-        im = Image.fromarray((a / (257 if a.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if im.mode == "P":                                                      # a palette may carry transparency
-        im = im.convert("RGBA")
-    return torch.from_numpy(np.array(im.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-class Files:
-    """Image files below a folder, nested or flat.  With two or more folders of images at the top, their names
-    are the classes; otherwise there are no labels.  Raises ValueError for a missing or empty folder."""
-
-    def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise ValueError(f"{self.root}: no such folder of images"
-                             + (" (it is a file)" if self.root.exists() else ""))
-        found, others = [], 0
-        for folder, subfolders, files in os.walk(self.root, followlinks=True):
-            subfolders.sort()
-            kept = [f for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
-            others += len(files) - len(kept)
-            found += [os.path.join(folder, f) for f in kept]
-        if not found:
-            raise ValueError(f"{self.root}: holds no image ({others} other files); "
-                             f"expected {' '.join(sorted(EXTENSIONS))}")
-        self.files = sorted(found)
-        tops = [Path(f).relative_to(self.root).parts for f in self.files]
-        self.classes = sorted({t[0] for t in tops if len(t) > 1})
-        labelled = len(self.classes) > 1 and all(len(t) > 1 for t in tops)
-        self.classes = self.classes if labelled else []
-        self.labels = [self.classes.index(t[0]) for t in tops] if labelled else None
+    def __init__(self, root: str | os.PathLike, only: list[str] | None = None):
+        root = str(root)
+        if not os.path.isdir(root):
+            found = "it is a file" if os.path.exists(root) else "there is nothing"
+            raise Mistake(f"{root}: expected a folder of images, but {found}")
+        left_out, chosen = Counter(), set(only or ())
+        self.files = sorted(walk(root, left_out, chosen or None))
+        start = len(root.rstrip(os.sep)) + 1
+        tops = [file[start:].split(os.sep, 1) for file in self.files]
+        strays = sum(len(top) == 1 for top in tops)
+        names = {top[0] for top in tops if len(top) > 1}
+        why = ""
+        if len(names) < 2:
+            why = "no class folders" if not names else f"one folder only, {min(names)}"
+        elif strays > MAX_STRAYS * len(tops):
+            why = f"{strays} images lie beside the {len(names)} folders"
+        elif strays:
+            self.files = [file for file, top in zip(self.files, tops, strict=True) if len(top) > 1]
+            tops = [top for top in tops if len(top) > 1]
+            left_out["images beside the class folders"] = strays
+        if chosen - names:
+            missing = sorted(chosen - names)
+            raise Mistake(f"{root}: {len(missing)} of the {len(chosen)} classes asked for have no images here, "
+                          f"such as {', '.join(missing[:5])}")
+        if not self.files:
+            raise Mistake(f"{root}: holds no image ({described(0, [], left_out)}); expected "
+                          f"{' '.join(sorted(EXTENSIONS))}")
+        self.classes = [] if why else sorted(names)
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [number[top[0]] for top in tops] if self.classes else None
+        self.about = described(len(self.files), self.classes, left_out, why)
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.files)
@@ -125,92 +133,83 @@ class Files:
         return self.files[i]
 
 
-class Named:
-    """One of torchvision's data sets as an image source.
-
-    name, split: as in `NAMED`; root: where torchvision keeps it."""
-
-    def __init__(self, name: str, split: str, root: str, download: bool):
-        cls, splits, targets = NAMED[name]
-        try:
-            with distributed.main_first():                             # or the ranks would write one file
-                kind = cls(root, **splits[split], download=download)
-        except (RuntimeError, OSError) as e:                           # not there; no network
-            hint = "add --download" if not download else str(e).splitlines()[0]
-            raise ValueError(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
-        self.kind, self.split, self.title = kind, split, name
-        labels = next(getattr(kind, t) for t in targets if hasattr(kind, t))
-        self.labels = [int(x[-1] if isinstance(x, tuple) else x) for x in labels]
-        self.classes = [str(c) for c in getattr(kind, "classes", sorted(set(self.labels)))]
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def read(self, i: int) -> Tensor:
-        try:
-            return pil_to_tensor(self.kind[i][0])
-        except Exception as e:
-            raise BadImage(f"{self.name(i)}: {e}") from e
-
-    def name(self, i: int) -> str:
-        return f"{self.title}/{self.split}/{i}"
-
-
-_tv = torchvision.datasets
-NAMED = {  # name: (class, arguments per split, attributes that may hold the labels)
-    "cifar10": (_tv.CIFAR10, {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
-    "cifar100": (_tv.CIFAR100, {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
-    "stl10": (_tv.STL10, {"train": {"split": "train+unlabeled"}, "val": {"split": "test"}}, ["labels"]),
-    "flowers102": (_tv.Flowers102, {"train": {"split": "train"}, "val": {"split": "test"}}, ["_labels"]),
-    "pets": (_tv.OxfordIIITPet, {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
-    "cars": (_tv.StanfordCars, {"train": {"split": "train"}, "val": {"split": "test"}},
+NAMED = {  # name: (class in torchvision.datasets, arguments per split, attributes that may hold the labels)
+    "cifar10": ("CIFAR10", {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
+    "cifar100": ("CIFAR100", {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
+    "stl10": ("STL10", {"train": {"split": "train+unlabeled"}, "val": {"split": "test"}}, ["labels"]),
+    "flowers102": ("Flowers102", {"train": {"split": "train"}, "val": {"split": "test"}}, ["_labels"]),
+    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
+    "cars": ("StanfordCars", {"train": {"split": "train"}, "val": {"split": "test"}},
              ["_labels", "_samples"]),
-    "aircraft": (_tv.FGVCAircraft, {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
+    "aircraft": ("FGVCAircraft", {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
 }
 
 
-def open_images(data: str, split: str = "train", data_root: str = "data", download: bool = False,
-                toy_size: int = 64, toy_n: int = 4000, seed: int = 0):
-    """The image source that `--data` names.  split: 'train' or 'val'.
+class Named:
+    """One of torchvision's data sets.  name, split: as in `NAMED`; root: where torchvision keeps it."""
 
-    A folder with subfolders train/ and val/ is split by them; DIR/train finds DIR/val beside it.  Returns
-    None where there is no val split.  Raises ValueError."""
-    if data == "toy":
-        return ToyImages(split, toy_n, toy_size, seed)
-    if data in NAMED and not Path(data).is_dir():
-        return Named(data, split, data_root, download)
-    root = Path(data)
-    if not root.exists():
-        raise ValueError(f"--data {data}: no such folder, and not one of toy, {', '.join(NAMED)}")
-    if split == "train":
-        return Files(root / "train" if (root / "train").is_dir() else root)
-    val = root / "val" if (root / "train").is_dir() else root.parent / "val" if root.name == "train" else None
-    return Files(val) if val is not None and val.is_dir() else None
+    def __init__(self, name: str, split: str, root: str, download: bool):
+        import torchvision
+        kind, splits, attributes = NAMED[name]
+        try:
+            with distributed.main_first():                             # or the ranks would write one file
+                self.set = getattr(torchvision.datasets, kind)(root, **splits[split], download=download)
+        except (RuntimeError, OSError) as e:                           # not there; no network
+            hint = str(e).splitlines()[0] if download else "add --download"
+            raise Mistake(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
+        labels = next(getattr(self.set, a) for a in attributes if hasattr(self.set, a))
+        self.labels = [int(x[-1] if isinstance(x, tuple) else x) for x in labels]
+        self.classes = [str(c) for c in getattr(self.set, "classes", sorted(set(self.labels)))]
+        self.prefix = f"{name}/{split}"
+        self.about = described(len(self.labels), self.classes, Counter())
 
+    def __len__(self) -> int:
+        return len(self.labels)
 
-def open_val(args, **more):
-    """Images to test on: those of --val_data, in its val/ if it has one, or else the val split of --data.
-    Returns None where there is none.  args: data, val_data, data_root, download; more: of `open_images`."""
-    if args.val_data and Path(args.val_data).is_dir():
-        inner = Path(args.val_data) / "val"
-        return Files(inner if inner.is_dir() else args.val_data)
-    return open_images(args.val_data or args.data, "val", args.data_root, args.download, **more)
+    def read(self, i: int) -> Tensor:
+        try:
+            image = self.set[i][0]
+        except (OSError, SyntaxError, ValueError) as e:
+            raise BadImage(f"{self.name(i)}: {e}") from e
+        return pil_to_tensor(image)
 
-
-def same_classes(a, b, what: str) -> None:
-    """Raises ValueError naming the classes that only one of two lists has."""
-    if list(a) != list(b):
-        odd = sorted(set(map(str, a)) ^ set(map(str, b)))[:5]
-        raise ValueError(f"{what} have {len(a)} and {len(b)} classes; only one of them has "
-                         f"{', '.join(odd) or 'them in this order'}")
+    def name(self, i: int) -> str:
+        return f"{self.prefix}/{i}"
 
 
-class Part:
+class ToyImages:
+    """n scenes of the toy world, drawn when they are first asked for and then kept in memory."""
+
+    def __init__(self, split: str = "train", n: int = 4000, size: int = 64, seed: int = 0):
+        self.split, self.size, self.seed = split, size, seed
+        self.classes = list(CLASSES)
+        self.labels = [i % len(CLASSES) for i in range(n)]
+        self.scenes: dict[int, Scene] = {}
+        self.about = described(n, self.classes, Counter())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def scene(self, i: int) -> Scene:
+        if i not in self.scenes:
+            self.scenes[i] = scene(i, self.seed, self.split, self.size)
+        return self.scenes[i]
+
+    def read(self, i: int) -> Tensor:
+        return torch.from_numpy(self.scene(i).image).permute(2, 0, 1).contiguous()
+
+    def name(self, i: int) -> str:
+        return f"toy/{self.split}/{i:06d}"
+
+
+class Subset:
     """Chosen images of a source."""
 
     def __init__(self, images, index: list[int]):
-        self.images, self.index, self.classes = images, index, images.classes
-        self.labels = [images.labels[i] for i in index]
+        self.images, self.index = images, index
+        self.classes = images.classes
+        self.labels = None if images.labels is None else [images.labels[i] for i in index]
+        self.about = described(len(index), self.classes, Counter())
 
     def __len__(self) -> int:
         return len(self.index)
@@ -222,21 +221,122 @@ class Part:
         return self.images.name(self.index[i])
 
 
+# ------------------------------------------------- what --data names
+def open_images(args, split: str = "train", toy_seed: int = 0):
+    """The source that --data names.  split: 'train', or 'val', which is None where there is no such split.
+
+    args: data, data_root, download, classes.  Raises Mistake."""
+    if args.data == "toy":
+        return ToyImages(split, seed=toy_seed)
+    if args.data in NAMED and not Path(args.data).is_dir():
+        return Named(args.data, split, args.data_root, args.download)
+    root, only = Path(args.data), chosen_classes(getattr(args, "classes", None))
+    if not root.exists():
+        raise Mistake(f"--data {args.data}: no such folder, and not one of toy, {', '.join(NAMED)}")
+    if split == "train":
+        return ImageFolder(root / "train" if has_splits(root) else root, only)
+    val = root.parent / "val" if root.name == "train" else root / "val"
+    if not val.is_dir() or not (root.name == "train" or has_splits(root)):
+        return None
+    return ImageFolder(val, only)
+
+
+def has_splits(root: Path) -> bool:
+    """Is root/train a split, and not a class called train (as COCO has one) among other classes?"""
+    if not (root / "train").is_dir():
+        return False
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    return "val" in folders or folders <= SPLITS
+
+
+def open_val(args, toy_seed: int = 0):
+    """Images to test on: those of --val_data, in its val/ if it has one, else the val split of --data, or
+    None."""
+    if args.val_data is None:
+        return open_images(args, "val", toy_seed)
+    if Path(args.val_data).is_dir():
+        inner = Path(args.val_data) / "val"
+        only = chosen_classes(getattr(args, "classes", None))
+        return ImageFolder(inner if inner.is_dir() else args.val_data, only)
+    return open_images(type(args)(**vars(args) | {"data": args.val_data}), "val", toy_seed)
+
+
+def chosen_classes(given: str | None) -> list[str] | None:
+    """--classes: folder names, one a line, from a file; 'in100' is ImageNet-100.  Raises Mistake."""
+    if given is None:
+        return None
+    path = IN100 if given == "in100" else Path(given)
+    try:
+        names = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as e:
+        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file with a name "
+                      "a line") from e
+    names = [name.strip() for name in names if name.strip()]
+    if len(set(names)) < 2:
+        raise Mistake(f"--classes {given}: names {len(set(names))} classes; expected two or more")
+    return names
+
+
 def labelled(images, where: str):
-    """The source itself, without what has no label (STL-10 has such).  Raises ValueError."""
-    if images.labels is None:
-        raise ValueError(f"{where}: no classes, or one only; expected two or more class folders, DIR/CLASS/* "
-                         "or DIR/train/CLASS/*")
-    known = [i for i, y in enumerate(images.labels) if y >= 0]
-    return images if len(known) == len(images) else Part(images, known)
+    """The source without images that have no label (STL-10 has such).  Raises Mistake if it has no labels."""
+    if images is None or images.labels is None:
+        about = "there is no such split" if images is None else images.about
+        raise Mistake(f"{where}: labels are needed, but {about}; expected two or more class folders, DIR/CLASS/* "
+                      "or DIR/train/CLASS/*")
+    known = [i for i, label in enumerate(images.labels) if label >= 0]
+    return images if len(known) == len(images) else Subset(images, known)
+
+
+def with_classes_of(train, val, where: str):
+    """val with the class numbers of train.  It may lack classes; one that train lacks raises Mistake."""
+    if list(train.classes) == list(val.classes):
+        return val
+    unknown = sorted(set(map(str, val.classes)) - set(map(str, train.classes)))
+    if unknown:
+        raise Mistake(f"{where}: {len(train.classes)} and {len(val.classes)} classes; train has no "
+                      f"{', '.join(unknown[:5])}")
+    val = Subset(val, range(len(val)))
+    val.labels = [train.classes.index(val.classes[label]) for label in val.labels]
+    val.classes = train.classes
+    return val
+
+
+def digest(images) -> str:
+    """12 hex digits that change with the names or the number of a source's images, wherever its folder
+    lies."""
+    root = getattr(images, "root", "")
+    h = hashlib.blake2b(digest_size=6)
+    for i in range(len(images)):
+        h.update(images.name(i)[len(root):].encode(errors="surrogateescape") + b"\n")
+    return h.hexdigest()
+
+
+# ------------------------------------------------- loaders
+class CentreCrop(Dataset):
+    """Images for evaluation: short side to size * 256/224, centre crop of `size`.
+
+    Items: uint8 (3, size, size), label (-1 without), index, readable or not."""
+
+    def __init__(self, images, size: int):
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, int, bool]:
+        label = -1 if self.images.labels is None else self.images.labels[i]
+        try:
+            image = centre_crop(self.images.read(i), self.size, round(self.size * 256 / 224))
+        except BadImage:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, i, False
+        return image, label, i, True
 
 
 class Views(Dataset):
     """transform(image, generator) of item (epoch, index), the generator seeded by (seed, epoch, index).
 
-    Returns what the transform returns (a dict) with "index" added, "read" = which image was read, and
-    "bad" = index, or -1 if it was readable.  A bad image is replaced by the next readable one, the same on
-    every worker.  Raises BadImage after 100 in a row."""
+    Returns the dict of the transform with "index", "read" = which image was read, and "bad" = index, or -1 if
+    it was readable.  A bad image gives way to the next readable one.  Raises BadImage after 100 in a row."""
 
     def __init__(self, images, transform: Callable, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
@@ -247,55 +347,83 @@ class Views(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict:
         epoch, index = item
         for step in range(min(100, len(self))):
+            read = (index + step) % len(self)
             try:
-                image = self.images.read((index + step) % len(self))
+                image = self.images.read(read)
                 break
             except BadImage as e:
                 error = e
         else:
             raise error
         views = self.transform(image, generator_of(self.seed, "view", epoch, index))
-        return views | {"index": index, "read": (index + step) % len(self), "bad": index if step else -1}
+        return views | {"index": index, "read": read, "bad": index if step else -1}
 
 
 class EpochSampler(Sampler):
-    """This rank's share of each epoch's permutation, as (epoch, index).  Whole global batches only, the
-    rest is dropped.
+    """This rank's share of each epoch's permutation, as (epoch, index).  Whole global batches only.
 
-    Step s of an epoch holds items s*G ... (s+1)*G of the permutation, G = W*B, and rank r takes the r-th B
-    of these: the global batch is the same for any number of ranks.  `set_epoch(epoch, step)` starts in the
-    middle of an epoch."""
+    Step s of an epoch holds items s*G ... (s+1)*G of the permutation, G = W*B, and rank r takes the r-th B of
+    these: the global batch is the same for any number of ranks."""
 
-    def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+    def __init__(self, n: int, per_step: int, seed: int):
+        self.n, self.per_step, self.seed = n, per_step, seed
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
-        self.steps = n // (batch_size * self.ranks)
-        self.set_epoch(0)
+        self.steps = n // (per_step * self.ranks)
+        self.begin(0, 0)
 
-    def set_epoch(self, epoch: int, step: int = 0) -> None:
+    def begin(self, epoch: int, step: int) -> None:
+        """Where the next iteration begins."""
         self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
-        return (self.steps - self.step) * self.batch_size
+        return (self.steps - self.step) * self.per_step
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.randperm(self.n, generator=generator_of(self.seed, "order", self.epoch))
-        order = (order[:self.steps * self.ranks * self.batch_size]
-                 .view(self.steps, self.ranks, self.batch_size))
+        order = order[:self.steps * self.ranks * self.per_step].view(self.steps, self.ranks, self.per_step)
         for index in order[self.step:, self.rank].flatten().tolist():
             yield self.epoch, index
 
 
-def train_loader(views: Views, batch_size: int, workers: int, pin: bool = False) -> DataLoader:
-    """Batches of `views` in the order of an EpochSampler; `loader.sampler.set_epoch` moves it.  Raises
-    ValueError where one global batch needs more images than there are."""
-    sampler = EpochSampler(len(views), batch_size, views.seed)
-    if sampler.steps == 0:
-        raise ValueError(f"{len(views)} images do not fill one global batch of {batch_size * sampler.ranks}: "
-                         f"lower --batch_size (now {batch_size} per rank, {sampler.ranks} ranks)")
-    return DataLoader(views, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin, drop_last=True,
-                      persistent_workers=workers > 0, worker_init_fn=init_worker,
-                      prefetch_factor=4 if workers else None)
+class Batches:
+    """The batches of a training run: epochs, accumulation and the place of a resume are kept here.
+
+        for step, batches in Batches(views, 48, accum=1, workers=8).steps(first, last): ...
+
+    `batches` is a list of `accum` dicts of tensors.  Raises Mistake where one step needs more images than
+    there are, and LoaderDied."""
+
+    def __init__(self, views: Views, batch_size: int, accum: int = 1, workers: int = 0, pin: bool = False):
+        self.accum = accum
+        self.sampler = EpochSampler(len(views), batch_size * accum, views.seed)
+        self.per_epoch = self.sampler.steps
+        if self.per_epoch == 0:
+            needed = self.sampler.per_step * self.sampler.ranks
+            raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size (now "
+                          f"{batch_size} per rank, {self.sampler.ranks} ranks)")
+        self.loader = DataLoader(views, batch_size, sampler=self.sampler, num_workers=workers, pin_memory=pin,
+                                 persistent_workers=workers > 0, worker_init_fn=init_worker,
+                                 prefetch_factor=4 if workers else None)
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[dict]]]:
+        """(step, batches) from step `first` to before `last`, counted over the whole run."""
+        step = first
+        while step < last:
+            self.sampler.begin(step // self.per_epoch, step % self.per_epoch)
+            loader = iter(self.loader)
+            for _ in range(step % self.per_epoch, self.per_epoch):
+                yield step, [next_batch(loader) for _ in range(self.accum)]
+                step += 1
+
+
+def next_batch(loader: Iterator) -> dict:
+    try:
+        return next(loader)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e) or str(e).startswith("Caught"):
+            raise
+        raise LoaderDied("a loader process was killed, often for want of memory or of shared memory
+        (/dev/shm): " "try fewer --num_workers; --num_workers 0 needs neither") from e
 
 
 def init_worker(_worker: int) -> None:
