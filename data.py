@@ -112,7 +112,7 @@ class ImageFolder:
             left_out["images beside the class folders"] = strays
         if chosen - names:
             missing = sorted(chosen - names)
-            raise Mistake(f"{root}: {len(missing)} of the {len(chosen)} classes asked for have no images here, "
+            raise Mistake(f"{root}: {len(missing)} of {len(chosen)} classes asked for have no images here, "
                           f"such as {', '.join(missing[:5])}")
         if not self.files:
             raise Mistake(f"{root}: holds no image ({described(0, [], left_out)}); expected "
@@ -269,8 +269,8 @@ def chosen_classes(given: str | None) -> list[str] | None:
     try:
         names = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
-        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file with a name "
-                      "a line") from e
+        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file with a "
+                      "name a line") from e
     names = [name.strip() for name in names if name.strip()]
     if len(set(names)) < 2:
         raise Mistake(f"--classes {given}: names {len(set(names))} classes; expected two or more")
@@ -281,8 +281,8 @@ def labelled(images, where: str):
     """The source without images that have no label (STL-10 has such).  Raises Mistake if it has no labels."""
     if images is None or images.labels is None:
         about = "there is no such split" if images is None else images.about
-        raise Mistake(f"{where}: labels are needed, but {about}; expected two or more class folders, DIR/CLASS/* "
-                      "or DIR/train/CLASS/*")
+        raise Mistake(f"{where}: labels are needed, but {about}; expected two or more class folders, "
+                      "DIR/CLASS/* or DIR/train/CLASS/*")
     known = [i for i, label in enumerate(images.labels) if label >= 0]
     return images if len(known) == len(images) else Subset(images, known)
 
@@ -399,8 +399,8 @@ class Batches:
         self.per_epoch = self.sampler.steps
         if self.per_epoch == 0:
             needed = self.sampler.per_step * self.sampler.ranks
-            raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size (now "
-                          f"{batch_size} per rank, {self.sampler.ranks} ranks)")
+            raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size "
+                          f"(now {batch_size} per rank, {self.sampler.ranks} ranks)")
         self.loader = DataLoader(views, batch_size, sampler=self.sampler, num_workers=workers, pin_memory=pin,
                                  persistent_workers=workers > 0, worker_init_fn=init_worker,
                                  prefetch_factor=4 if workers else None)
@@ -422,8 +422,8 @@ def next_batch(loader: Iterator) -> dict:
     except RuntimeError as e:
         if "DataLoader worker" not in str(e) or str(e).startswith("Caught"):
             raise
-        raise LoaderDied("a loader process was killed, often for want of memory or of shared memory
-        (/dev/shm): " "try fewer --num_workers; --num_workers 0 needs neither") from e
+        raise LoaderDied("a loader process was killed, often for want of memory or of shared memory "
+                         "(/dev/shm): try fewer --num_workers; --num_workers 0 needs neither") from e
 
 
 def init_worker(_worker: int) -> None:

@@ -87,9 +87,10 @@ SHARED = {  # options that several scripts have
                  "random:ARCH/PATCH is untrained"),
     "checkpoint_key": dict(help="take the weights of this name in the file, and not the teacher's"),
     "num_heads": dict(type=at_least(1), help="attention heads, where the file does not tell"),
-    "data": dict(required=True, help="folder with train/ and val/ of class folders, 'toy', or one of cifar10, "
+    "data": dict(required=True, help="folder with train/ and val/ of class folders, 'toy', or cifar10, "
                  "cifar100, stl10, flowers102, pets, cars, aircraft"),
     "val_data": dict(help="folder of the test images, if it is not beside the train images"),
+    "classes": dict(metavar="FILE", help="take these classes only: a file with a folder name a line, or in100"),
     "data_root": dict(default="data", help="where torchvision keeps its sets"),
     "download": dict(action="store_true", help="let torchvision download the set"),
     "num_workers": dict(type=at_least(0), default=2, help="loader processes; results do not change"),
