@@ -1,500 +1,449 @@
 """A small generated world with exact truth: scenes with instance masks and class labels, and videos.
 
-    python toy.py --out /tmp/toy --layout sheet                     # look at it first: /tmp/toy/sheet.png
-    python toy.py --out /tmp/coco --layout coco --n 200 --n_val 50  # or voc, davis, folder
+    python -m studies.layouts --out /tmp/toy --layout sheet      # look at it first: /tmp/toy/sheet.png
 
-Ten classes. A class is a silhouette (the global cue) with its own surface texture (the local cue, seen in any
-8x8 window of a 64-pixel image). What tells two scenes of one class apart is what augmentation removes: place,
-size, turn, hue, brightness. Colour says nothing of the class; uneven light hides a part of what it says of
-the objects.
+There are ten classes. A class is a silhouette (the global cue) with its own surface texture (the local cue,
+seen in any 8x8 window of a 64-pixel image). Scenes of one class differ in what augmentation removes: place,
+size, turn, hue, brightness. Colour does not tell the class; uneven light blurs what it tells about objects.
 
 10-NN accuracy, chance 10 %: raw pixels 12, colour histograms 13 (tests/test_toy.py: under 35), an untrained
-ViT 17 with CLS, 22 with PAT.  Objects of the scene's class cover 40 % of it on average.
+ViT 17 with CLS, 22 with PAT. Objects of the scene's class cover 40 % of it on average.
 
-A scene is a function of (seed, split, index); at 64x64 it takes about 2.5 ms on one core.
-Lengths are in "toy pixels": the short side of every image has 64 of them, whatever its size."""
+A scene depends only on (seed, split, index). At 64x64 it takes about 2.5 ms on one core.
 
-import argparse
-import json
+Lengths are in "toy pixels": the short side of every image has 64 of them, whatever its size in pixels.
+Shapes: H, W pixels; h, w samples, SAMPLES times as many; n things; T frames."""
+
 import math
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from scipy import ndimage
 
-# Knobs; after turning one, look at `--layout sheet`.
-TEXTURE_CONTRAST = 0.22      # std of luminance on objects; change this line to 0.06 (harder)
-TEXTURE_SCALE = (0.9, 1.15)  # magnification, hides frequency; change this line to (0.6, 1.8) (harder)
-POLARITY_FLIP = 0.0          # share of objects with light and dark swapped; change this line to 0.5 (harder)
-DEFORM = 0.05                # bending of silhouettes; change this line to 0.25 (harder)
-COVERAGE = (0.38, 0.54)      # of the image by its class; change this line to (0.1, 0.2) (harder)
-DISTRACTOR = 0.4             # share of scenes with an object of another class; change this line to 0 (easier)
-TILT = 0.25                  # radians by which texture leans; change this line to 3.14 (much harder)
-LIGHT = 0.13                 # std of the lights' brightness; change this line to 0 (easier)
-CHROMA = 0.04                # std of their colour; change this line to 0 for a grey world (easier)
-OWN = 0.13                   # strength of each surface's own hue; change this line to 0 (harder)
-BACKDROP = 0.06              # amplitude of each wave of the background; change this line to 0 (smooth)
-WAVES = (5, 10)              # its wavelengths, toy pixels
-SPOT = (24, 60)              # wavelengths of the lights, toy pixels; longer: harder
-GRAIN = 0.02                 # pixel noise; change this line to 0.08 to drown the texture (harder)
+# The knobs. After turning one, look at the world with `--layout sheet`.
+TEXTURE_CONTRAST = 0.22      # how strong textures are (std of luminance); change this line to 0.06: harder
+TEXTURE_SCALE = (0.9, 1.15)  # range of their magnification; change this line to (0.6, 1.8): harder
+POLARITY_FLIP = 0.0          # share of things with light and dark swapped; change this line to 0.5: harder
+DEFORM = 0.05                # how far silhouettes are bent, at most; change this line to 0.25: harder
+COVERAGE = (0.38, 0.54)      # share of the image covered by its class; change this line to (0.1, 0.2): harder
+DISTRACTOR = 0.4             # share of scenes with a thing of another class; change this line to 0: easier
+TILT = 0.25                  # how far textures are turned, in radians; change this line to 3.14: much harder
+LIGHT = 0.13                 # how uneven the light is (std of brightness); change this line to 0: easier
+CHROMA = 0.04                # how coloured the light is (std of colour); change this line to 0: white, easier
+OWN = 0.13                   # how strong each surface's own colour is; change this line to 0: harder
+BACKDROP = 0.06              # how strong the background's pattern is; change this line to 0: plain, easier
+WAVES = (5, 10)              # wavelengths of that pattern; change this line to (20, 40): smooth, easier
+SPOT = (24, 60)              # wavelengths of the light; longer ones are harder, try (48, 120)
+GRAIN = 0.02                 # noise of each pixel (std); change this line to 0.08: it drowns textures, harder
 
+CLASSES = ("candy", "starfish", "kite", "fish", "donut", "brick", "waffle", "leaf", "flower", "tent")
 SPLITS = {"train": 0, "val": 1, "test": 2}
-VIDEO = 3                    # the videos' number among the splits
-SS = 2                       # samples per pixel and axis
-TURN = np.arange(2048) * (2 * np.pi / 2048)                  # angles at which silhouettes are tabulated
-TO_RGB = np.array([[0, -0.344, 1.772], [1.402, -0.714, 0]])  # (Cb, Cr) @ TO_RGB: a colour of zero luminance
+VIDEO = 3                                           # the videos' number among the splits
+SIDE = 64                                           # toy pixels on an image's short side
+SAMPLES = 2                                         # samples per pixel along each axis
+ANGLES = np.arange(2048) * (2 * np.pi / 2048)       # where silhouettes are tabulated
+PER_RADIAN = np.float32(len(ANGLES) / (2 * np.pi))
+TO_RGB = np.array([                                 # (Cb, Cr) @ TO_RGB is a colour of zero luminance
+    [0, -0.344, 1.772],
+    [1.402, -0.714, 0],
+])
+Size = int | tuple[int, int]                        # pixels: the side of a square, or (H, W)
 
 
-# ------------------------------------------------- textures: (p, q) in toy pixels -> tone in [0, 1]
-def soft(d):
-    """Signed distance in toy pixels -> [0, 1]: an edge one pixel wide."""
-    return np.clip(d + 0.5, 0, 1)
+# ------------------------------------------------- the ten classes
+def texture(name, p, q):
+    """The tone, 0 to 1, of a class's surface at (p, q), in toy pixels.  Change a case: another class."""
+    match name:
+        case "candy":
+            return bars(p, 3.7, 1.85)
+        case "starfish":
+            return dots(p, q)
+        case "kite":                                # a chequerboard
+            return soft(1.2 * np.sin(p) * np.sin(q))
+        case "fish":
+            return scales(p, q)
+        case "donut":
+            return speckle(p, q)
+        case "brick":
+            shift = 4.5 * (q // 4.5 % 2)            # of every second row, by half a brick
+            return 1 - np.maximum(bars(q, 4.5, 1.3), bars(p + shift, 9, 1.3))
+        case "waffle":
+            return np.maximum(bars(p, 4.6, 1.4), bars(q, 4.6, 1.4))
+        case "leaf":                                # veins that meet at an angle
+            return bars(q + 1.1 * np.abs(wrap(p, 9)), 4.8, 2.2)
+        case "flower":
+            return triangles(p, q)
+        case "tent":                                # stripes in pairs
+            return soft(0.75 - np.abs(np.abs(wrap(p, 8.4)) - 1.5))
+
+
+def silhouette(name, angle):
+    """The distance from the centre to a class's outline at angle, in any unit."""
+    match name:
+        case "candy" | "donut":
+            return np.ones_like(angle)
+        case "starfish":
+            return np.exp(0.36 * np.cos(5 * angle))
+        case "kite":
+            return superellipse(angle, 1.35 + 0.25 * np.cos(angle), 0.9, 1.15)
+        case "fish":
+            tail = np.abs(wrap(angle - np.pi, 2 * np.pi))            # 0 in the middle of the tail
+            fin = 1.8 - 0.35 * np.exp(-((tail / 0.16) ** 2))
+            return np.where(tail < 0.42, fin, superellipse(angle, 1.25, 0.8, 2))
+        case "brick":
+            return superellipse(angle, 1.5, 0.85, 9)
+        case "waffle":
+            return superellipse(angle, 1, 1, 5)
+        case "leaf":                                # where two discs overlap
+            return np.sqrt(0.56 * np.sin(angle) ** 2 + 2) - 0.75 * np.abs(np.sin(angle))
+        case "flower":
+            return 0.72 + 0.4 * np.abs(np.cos(3 * angle))
+        case "tent":                                # a triangle with round corners
+            total = 0
+            for i in range(3):
+                side = np.cos(angle - i * (2 * np.pi / 3))
+                total = total + np.maximum(side, 0) ** 7
+            return total ** (-1 / 7)
+
+
+HOLES = {"donut": 0.42}      # radius of a hole, as a share of the thing's
+SPECKLE = [                  # wave numbers along p and q
+    (1.47, 0.1),
+    (0.9, 1.1),
+    (0.14, 1.33),
+    (-0.8, 0.97),
+    (-1.1, 0.5),
+    (1.12, 0.77),
+    (-0.31, 1.52),
+]
+
+
+def soft(distance):
+    """Signed distance from an edge, positive inside -> tone, 0 to 1.  The edge is one toy pixel wide."""
+    return np.clip(distance + 0.5, 0, 1)
 
 
 def wrap(x, period):
-    """x as its signed distance from the nearest multiple of period."""
+    """The signed distance of x from the nearest multiple of period."""
     return x - period * np.round(x / period)
 
 
-def lines(x, period, width):
+def bars(x, period, width):
     return soft(width / 2 - np.abs(wrap(x, period)))
 
 
-def dots(p, q, a=5.2, radius=1.55):
-    h = a * 0.866
-    return soft(radius - np.hypot(wrap(p + a / 2 * (np.round(q / h) % 2), a), wrap(q, h)))
+def dots(p, q):
+    """Discs on a grid of equal triangles."""
+    side = 5.2
+    height = side * 0.866
+    shift = side / 2 * (np.round(q / height) % 2)   # of every second row
+    distance = np.hypot(wrap(p + shift, side), wrap(q, height))
+    return soft(1.55 - distance)
 
 
-def scales(p, q, a=7.0):
+def scales(p, q):
     """Rows of half discs, each over the next row and darker at its rim."""
-    h = a / 2
-    row = np.floor(q / h)
-    y = q - row * h
-    d, under = (np.hypot(wrap(p + h * ((row + i) % 2), a), y + h * i) for i in (0, 1))
-    return np.where(d < h, soft(h - 1.2 - d), soft(h + 1.3 - under) * 0.8)
+    radius = 3.5
+    row = np.floor(q / radius)
+    y = q - row * radius
+    shift = radius * (row % 2)
+    shift_below = radius * ((row + 1) % 2)
+    upper = np.hypot(wrap(p + shift, 7), y)
+    lower = np.hypot(wrap(p + shift_below, 7), y + radius)
+    light = soft(radius - 1.2 - upper)
+    dark = soft(radius + 1.3 - lower) * 0.8
+    return np.where(upper < radius, light, dark)
 
 
 def speckle(p, q):
-    waves = (1.47, 0.1), (0.9, 1.1), (0.14, 1.33), (-0.8, 0.97), (-1.1, 0.5), (1.12, 0.77), (-0.31, 1.52)
-    return soft(0.55 * sum(np.cos(a * p + b * q + 5 * i * i) for i, (a, b) in enumerate(waves)))
+    """Spots without order: waves of similar length in seven directions."""
+    total = 0
+    for i, (a, b) in enumerate(SPECKLE):
+        total = total + np.cos(a * p + b * q + 5 * i * i)
+    return soft(0.55 * total)
 
 
-def triangles(p, q, a=5.0):
-    p, q = p * np.pi / a, q * np.pi / a / math.sqrt(3)
+def triangles(p, q):
+    p = p * np.pi / 5
+    q = q * np.pi / 5 / math.sqrt(3)
     return soft(2.5 * np.sin(2 * q) * np.sin(p + q) * np.sin(p - q))
 
 
-# ------------------------------------------------- silhouettes: angle -> radius
-def superellipse(t, a, b, power):
-    return (np.abs(np.cos(t) / a) ** power + np.abs(np.sin(t) / b) ** power) ** (-1 / power)
-
-
-def polygon(t, sides, power):
-    corner = 2 * np.pi / sides
-    return sum(np.maximum(np.cos(t - i * corner), 0) ** power for i in range(sides)) ** (-1 / power)
-
-
-def fish(t):
-    tail = np.abs(wrap(t - np.pi, 2 * np.pi))                 # 0 in the middle of the tail
-    fin = 1.8 - 0.35 * np.exp(-((tail / 0.16) ** 2))
-    return np.where(tail < 0.42, fin, superellipse(t, 1.25, 0.8, 2))
-
-
-# name: (texture, silhouette, radius of a hole).  Change a line to make another class of it.
-WORLD = {
-    "candy": (lambda p, q: lines(p, 3.7, 1.85), lambda t: np.ones_like(t), 0),
-    "starfish": (dots, lambda t: np.exp(0.36 * np.cos(5 * t)), 0),
-    "kite": (lambda p, q: soft(1.2 * np.sin(p) * np.sin(q)),
-             lambda t: superellipse(t, 1.35 + 0.25 * np.cos(t), 0.9, 1.15), 0),
-    "fish": (scales, fish, 0),
-    "donut": (speckle, lambda t: np.ones_like(t), 0.42),
-    "brick": (lambda p, q: 1 - np.maximum(lines(q, 4.5, 1.3), lines(p + 4.5 * (q // 4.5 % 2), 9, 1.3)),
-              lambda t: superellipse(t, 1.5, 0.85, 9), 0),
-    "waffle": (lambda p, q: np.maximum(lines(p, 4.6, 1.4), lines(q, 4.6, 1.4)),
-               lambda t: superellipse(t, 1, 1, 5), 0),
-    "leaf": (lambda p, q: lines(q + 1.1 * np.abs(wrap(p, 9)), 4.8, 2.2),
-             lambda t: np.sqrt(0.56 * np.sin(t) ** 2 + 2) - 0.75 * np.abs(np.sin(t)), 0),
-    "flower": (triangles, lambda t: 0.72 + 0.4 * np.abs(np.cos(3 * t)), 0),
-    "tent": (lambda p, q: soft(0.75 - np.abs(np.abs(wrap(p, 8.4)) - 1.5)), lambda t: polygon(t, 3, 7), 0),
-}
-CLASSES = tuple(WORLD)
+def superellipse(angle, a, b, power):
+    """Half axes a and b; nearly a diamond for power 1, an ellipse for 2, nearly a rectangle for 9."""
+    x = np.abs(np.cos(angle) / a) ** power
+    y = np.abs(np.sin(angle) / b) ** power
+    return (x + y) ** (-1 / power)
 
 
 @lru_cache(maxsize=None)
-def prepared(kind):
-    """Class number -> texture; radius at TURN and of the hole, for unit mean square; texture's mean and std.
-
-    Mean and std let draw() give every class the same brightness and contrast."""
-    texture, silhouette, hole = WORLD[CLASSES[kind]]
-    radius = silhouette(TURN)
+def prepared(name):
+    """What draw() needs of a class, computed once: radius (2048,) at ANGLES and radius of the hole, for the
+    area of the unit disc; mean and std of the tone, which give all classes equal brightness and contrast."""
+    radius = silhouette(name, ANGLES)
+    hole = HOLES.get(name, 0)
     full = 1 / math.sqrt(1 - hole**2)
-    sample = texture(*np.meshgrid(np.arange(0, 150, 0.43), np.arange(0, 150, 0.43)))
     radius = full * radius / np.sqrt((radius**2).mean())
-    return texture, radius, full * hole, float(sample.mean()), float(sample.std())
+    line = np.arange(0, 150, 0.43)
+    tone = texture(name, *np.meshgrid(line, line))
+    return radius, full * hole, float(tone.mean()), float(tone.std())
 
 
 # ------------------------------------------------- things, and how they are drawn
 @dataclass
 class Thing:
     """One object. Lengths in toy pixels, angles in radians."""
-    kind: int                # class index
-    x: float
+    category: int            # index of its class
+    x: float                 # centre
     y: float
     radius: float            # of the disc of equal area
-    angle: float             # of the silhouette
-    lean: float              # of the texture, from the silhouette's frame
-    bend: np.ndarray         # (4,) two phases and two amounts of deformation
-    phase: np.ndarray        # (2,) where the texture starts
+    angle: float             # by which the silhouette is turned
+    lean: float              # by which the texture is turned against the silhouette
+    bend: np.ndarray         # (2048,) factor of the silhouette's radius at ANGLES
+    start: np.ndarray        # (2,) where the texture begins
     magnify: float           # of the texture
-    contrast: float          # of the texture; negative: light and dark exchanged
+    contrast: float          # of the texture; negative: light and dark swapped
 
 
 @dataclass
 class Scene:
-    """image: uint8 (H, W, 3).  instances: uint8 (H, W), 0 = background, i = visible part of object i = 1..n.
-    categories: the n objects' class indices.  label: the scene's class index."""
-    image: np.ndarray
-    instances: np.ndarray
-    categories: list[int]
-    label: int
+    image: np.ndarray        # uint8 (H, W, 3)
+    instances: np.ndarray    # uint8 (H, W): 0 background, i the visible part of object i = 1..n
+    categories: list[int]    # class indices of the n objects
+    label: int               # class index of the scene
 
 
-def random_thing(rng, kind, x, y, radius):
-    angle, f2, f3 = rng.uniform(0, 2 * np.pi, 3)
-    bend = np.array([f2, f3, *rng.uniform(0, DEFORM, 2)])
-    sign = -1 if rng.random() < POLARITY_FLIP else 1
-    lean = rng.uniform(-TILT, TILT) - angle
-    return Thing(kind, x, y, radius, angle, lean, bend, rng.uniform(0, 100, 2), rng.uniform(*TEXTURE_SCALE),
-                 sign * TEXTURE_CONTRAST)
+def random_thing(rng, category, x, y, radius):
+    angle, begin2, begin3 = rng.uniform(0, 2 * np.pi, 3)
+    wave2, wave3 = rng.uniform(0, DEFORM, 2)
+    bend = 1 + wave2 * np.cos(2 * ANGLES + begin2)
+    bend += wave3 * np.cos(3 * ANGLES + begin3)
+    contrast = TEXTURE_CONTRAST
+    if rng.random() < POLARITY_FLIP:
+        contrast = -contrast
+    lean = rng.uniform(-TILT, TILT) - angle         # so the texture starts out nearly upright in the image
+    start = rng.uniform(0, 100, 2).astype(np.float32)
+    magnify = rng.uniform(*TEXTURE_SCALE)
+    return Thing(category, x, y, radius, angle, lean, bend, start, magnify, contrast)
 
 
-def waves(k, turn, phase, x, y):
-    """Sum of plane waves of wave numbers k, directions turn and phases (n,), at x (1, w), y (h, 1)."""
-    return sum(np.cos(k[i] * (np.cos(turn[i]) * x + np.sin(turn[i]) * y) + phase[i]) for i in range(len(k)))
+def random_waves(rng, lengths, *shape):
+    """Plane waves (*shape, 3), each with its wave number, direction and phase."""
+    direction, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
+    number = 2 * np.pi / rng.uniform(*lengths, shape)
+    return np.stack([number, direction, phase], -1)
 
 
-def random_lights(rng):
-    """Soft coloured lights over objects and background: a function of x (1, w), y (h, 1)."""
-    turn, phase = rng.uniform(0, 2 * np.pi, (2, 3, 6))
-    k = 2 * np.pi / rng.uniform(*SPOT, (3, 6))
-    strength = np.array([LIGHT, CHROMA, CHROMA]) / math.sqrt(3)      # six cosines have variance 3
-
-    def lights(x, y):
-        field = [s * waves(k[c], turn[c], phase[c], x, y) for c, s in enumerate(strength)]
-        return field[0][..., None] + np.stack(field[1:], -1) @ TO_RGB
-
-    return lights
+def add(waves, x, y):
+    """The sum of waves (m, 3) at x (W,), y (H,) -> (H, W)."""
+    total = 0
+    for number, direction, phase in waves:
+        along = np.cos(direction) * x + np.sin(direction) * y[:, None]
+        total = total + np.cos(number * along + phase)
+    return total
 
 
-def random_backdrop(rng):
-    """The background's pattern, another in each scene: two plane waves, a function of x (1, w), y (h, 1)."""
-    turn, phase = rng.uniform(0, 2 * np.pi, (2, 2))
-    k = 2 * np.pi / rng.uniform(*WAVES, 2)
-
-    def pattern(x, y):
-        return BACKDROP * waves(k, turn, phase, x, y).astype(np.float32)
-
-    return pattern
+def add_lights(lights, x, y):
+    """The colour that lights (3, 6, 3) add at x (W,), y (H,) -> (H, W, 3)."""
+    norm = math.sqrt(3)                             # six waves have variance 3
+    luma = LIGHT / norm * add(lights[0], x, y)
+    cb = CHROMA / norm * add(lights[1], x, y)
+    cr = CHROMA / norm * add(lights[2], x, y)
+    return luma[..., None] + np.stack([cb, cr], -1) @ TO_RGB
 
 
-def surface_colours(rng, kinds):
-    """Colours of zero luminance (1 + n, 3): of the background and of n things.  The hues of background and
-    things are at random; things of the scene's main class share one, as objects of a kind often do."""
+def surface_colours(rng, categories):
+    """Colours of zero luminance (1 + n, 3), of the background and of n things.  Hues are random, but things
+    of the commonest class share one, as objects of a kind often do."""
     hue = rng.uniform(0, 2 * np.pi)
-    others = hue + rng.uniform(np.pi / 3, 5 * np.pi / 3, 1 + len(kinds))
-    main = max(set(kinds), key=kinds.count)
-    hues = np.array([hue] + [others[0] if k == main else o for k, o in zip(kinds, others[1:], strict=True)])
-    return OWN * np.stack([np.cos(hues), np.sin(hues)], 1) @ TO_RGB
+    apart = rng.uniform(np.pi / 3, 5 * np.pi / 3, 1 + len(categories))
+    commonest = max(set(categories), key=categories.count)
+    shared = np.array(categories) == commonest
+    hues = hue + np.append(0, np.where(shared, apart[0], apart[1:]))
+    chroma = np.stack([np.cos(hues), np.sin(hues)], 1)
+    return OWN * chroma @ TO_RGB
 
 
-def draw(tones, ids, thing, number, step):
-    """Paint thing's brightness on tones (h, w) and its number on ids (h, w); step: toy pixels per sample."""
-    texture, radius, hole, mean, std = prepared(thing.kind)
-    f2, f3, a2, a3 = thing.bend
-    radius = thing.radius * radius * (1 + a2 * np.cos(2 * TURN + f2) + a3 * np.cos(3 * TURN + f3))
-    spans = [np.clip((centre + np.array([-1, 1]) * radius.max()) / step + (-1, 1), 0, n).astype(int)
-             for centre, n in zip((thing.x, thing.y), ids.shape[::-1], strict=True)]
-    box = slice(*spans[1]), slice(*spans[0])
-    dx, dy = (((np.arange(*span) + 0.5) * step - centre).astype(np.float32)
-              for span, centre in zip(spans, (thing.x, thing.y), strict=True))
-    c, s = np.float32(math.cos(thing.angle)), np.float32(math.sin(thing.angle))
-    u, v = c * dx + s * dy[:, None], c * dy[:, None] - s * dx        # the object's own frame
-    rho, turn = np.sqrt(u * u + v * v), np.arctan2(v, u) * np.float32(len(TURN) / (2 * np.pi))
-    depth = radius.astype(np.float32)[turn.astype(np.int32) % len(TURN)] - rho
-    inside = (depth > 0) & (rho >= hole * thing.radius)
-    u, v, depth = u[inside], v[inside], depth[inside]
+def turned(x, y, angle, magnify=1):
+    """Coordinates in a frame that is turned by angle and magnified, float32."""
+    c = np.float32(math.cos(angle) / magnify)
+    s = np.float32(math.sin(angle) / magnify)
+    return c * x + s * y, c * y - s * x
 
-    c, s = np.float32(math.cos(thing.lean) / thing.magnify), np.float32(math.sin(thing.lean) / thing.magnify)
-    p, q = np.stack([c * u + s * v, c * v - s * u]) + thing.phase[:, None].astype(np.float32)
-    light = thing.contrast / std * (texture(p, q) - mean)
-    tones[box][inside] = light - 0.1 * (1 - np.clip(depth / 1.5, 0, 1))        # a thin dark rim
-    ids[box][inside] = number
+
+def centres(count, step):
+    return (np.arange(count) + 0.5) * step
+
+
+def near(axis, centre, far):
+    """The part of a rising axis within far of centre: its slice, and distances from centre in float32."""
+    part = slice(*np.searchsorted(axis, (centre - far, centre + far)))
+    return part, (axis[part] - centre).astype(np.float32)
+
+
+def draw(tones, ids, thing, number, x, y):
+    """Paint a thing on tones (h, w), and its number on ids (h, w).  Samples lie at x (w,), y (h,)."""
+    name = CLASSES[thing.category]
+    radius, hole, mean, std = prepared(name)
+    outline = thing.radius * radius * thing.bend
+    far = outline.max() + 1                         # 1 more, so that rounding cuts nothing off
+    columns, dx = near(x, thing.x, far)
+    rows, dy = near(y, thing.y, far)
+
+    u, v = turned(dx, dy[:, None], thing.angle)     # the thing's own frame
+    distance = np.sqrt(u * u + v * v)
+    turn = np.arctan2(v, u) * PER_RADIAN
+    entry = turn.astype(np.int32) % len(ANGLES)
+    depth = outline.astype(np.float32)[entry] - distance
+    inside = (depth > 0) & (distance >= hole * thing.radius)
+
+    p, q = turned(u[inside], v[inside], thing.lean, thing.magnify)   # and the texture's
+    tone = texture(name, p + thing.start[0], q + thing.start[1])
+    rim = 1 - np.clip(depth[inside] / 1.5, 0, 1)                     # thin and dark
+    light = thing.contrast / std * (tone - mean)
+    tones[rows, columns][inside] = light - 0.1 * rim
+    ids[rows, columns][inside] = number
 
 
 def pool(x):
-    """Sum of each pixel's samples: (SS*H, SS*W, ...) -> (H, W, ...)."""
-    return sum(x[i::SS, j::SS] for i in range(SS) for j in range(SS))
+    """The sum of each pixel's samples: (h, w, ...) -> (H, W, ...)."""
+    return sum(x[i::SAMPLES, j::SAMPLES] for i in range(SAMPLES) for j in range(SAMPLES))
 
 
-def render(rng, lights, colours, backdrop, things, size, pan=(0, 0)):
-    """Things, back to front -> image uint8 (H, W, 3), instances uint8 (H, W) with i + 1 for things[i]."""
-    h, w = size
-    step = 64 / min(h, w)
-    x, y = (np.arange(w) + 0.5) * step + pan[0], (np.arange(h) + 0.5) * step + pan[1]
-    fine = [(np.arange(SS * n) + 0.5) * step / SS + p for n, p in zip((w, h), pan, strict=True)]
-    tones, ids = backdrop(fine[0][None], fine[1][:, None]), np.zeros((SS * h, SS * w), np.uint8)
-    for i, thing in enumerate(things):
-        draw(tones, ids, thing, i + 1, step / SS)
-    tone = pool(tones) / SS**2 + GRAIN * rng.standard_normal((h, w), np.float32)
-    image = 0.5 + tone[..., None] + lights(x[None], y[:, None]) + pool(colours[ids]) / SS**2
-    votes = [pool((ids == i).astype(np.uint8)) for i in range(len(things) + 1)]
-    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), np.argmax(votes, 0).astype(np.uint8)
+def render(rng, things, colours, lights, backdrop, size, pan=(0, 0)):
+    """Draw things, given back to front, on a backdrop: image uint8 (H, W, 3), instances uint8 (H, W) of 0..n.
+
+    colours: (1 + n, 3).  lights: waves (3, 6, 3).  backdrop: waves (2, 3).  size: (H, W).
+    pan: toy pixels by which lights and backdrop are moved."""
+    H, W = size
+    step = SIDE / min(size)
+    x = centres(SAMPLES * W, step / SAMPLES)                         # (w,)
+    y = centres(SAMPLES * H, step / SAMPLES)                         # (h,)
+    pattern = add(backdrop, x + pan[0], y + pan[1])
+    tones = BACKDROP * pattern.astype(np.float32)                    # (h, w)
+    ids = np.zeros(tones.shape, np.uint8)                            # (h, w)
+    for number, thing in enumerate(things, 1):
+        draw(tones, ids, thing, number, x, y)
+
+    grain = GRAIN * rng.standard_normal(size, np.float32)
+    tone = pool(tones) / SAMPLES**2 + grain                          # (H, W)
+    colour = pool(colours[ids]) / SAMPLES**2                         # (H, W, 3)
+    x = centres(W, step)
+    y = centres(H, step)
+    light = add_lights(lights, x + pan[0], y + pan[1])               # (H, W, 3)
+    image = 0.5 + tone[..., None] + light + colour
+    image = np.clip(image, 0, 1) * 255 + 0.5                         # so that astype() rounds
+
+    votes = []                                                       # samples of each number in each pixel
+    for number in range(len(things) + 1):
+        mine = ids == number
+        votes.append(pool(mine.astype(np.uint8)))
+    instances = np.argmax(votes, 0)
+    return image.astype(np.uint8), instances.astype(np.uint8)
 
 
 # ------------------------------------------------- scenes and videos
-def field(size):
-    """int or (H, W) in pixels -> (H, W), and width and height in toy pixels."""
-    h, w = (size, size) if isinstance(size, int) else size
-    return (h, w), np.array([w, h]) * 64 / min(h, w)
+def extent(size):
+    """Returns (H, W) in pixels, and (width, height) in toy pixels."""
+    H, W = (size, size) if isinstance(size, int) else size
+    wide = np.array([W, H]) * SIDE / min(H, W)
+    return (H, W), wide
 
 
-def scene(index, seed=0, split="train", size=64) -> Scene:
+def random_things(rng, label, wide):
+    """One to three large things of class label round the middle, sometimes a small one of another class."""
+    n = rng.choice((1, 2, 3), p=(0.4, 0.35, 0.25))
+    area = rng.uniform(*COVERAGE) * wide.prod() / n
+    if n == 1:
+        area *= 0.8
+    first = rng.uniform(0, 2 * np.pi)
+    apart = (0.0, 0.24, 0.29)[n - 1]
+    things = []
+    for turn in first + 2 * np.pi * np.arange(n) / n:
+        direction = np.array([np.cos(turn), np.sin(turn)])
+        place = 0.5 + apart * direction + rng.uniform(-0.06, 0.06, 2)
+        x, y = wide * place
+        radius = math.sqrt(area / np.pi) * rng.uniform(0.88, 1.12)
+        things.append(random_thing(rng, label, x, y, radius))
+
+    if rng.random() < DISTRACTOR:
+        other = label + int(rng.integers(1, len(CLASSES)))
+        area = rng.uniform(0.03, 0.07) * wide.prod()
+        radius = math.sqrt(area / np.pi)
+        x, y = rng.uniform(radius, wide - radius)
+        thing = random_thing(rng, other % len(CLASSES), x, y, radius)
+        things.insert(rng.integers(0, n + 1), thing)
+    return things
+
+
+def scene(index: int, seed: int = 0, split: str = "train", size: Size = 64) -> Scene:
     """Scene index of a split: 1 to 3 large objects of class index % 10, sometimes a small one of another.
 
-    size: an int or (H, W).  Square scenes of all sizes show the same."""
-    (h, w), wide = field(size)
+    Square scenes of all sizes show the same.  Raises ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"toy split {split!r}: have {', '.join(SPLITS)}")
+    size, wide = extent(size)
     rng = np.random.default_rng((seed, SPLITS[split], index))
-    label, n = index % len(CLASSES), int(rng.choice((1, 2, 3), p=(0.4, 0.35, 0.25)))
-    area = rng.uniform(*COVERAGE) * wide.prod() * (0.8 if n == 1 else 1) / n
-    first, apart, things = rng.uniform(0, 2 * np.pi), (0.0, 0.24, 0.29)[n - 1], []
-    for turn in first + 2 * np.pi * np.arange(n) / n:
-        x, y = wide * (0.5 + apart * np.array([np.cos(turn), np.sin(turn)]) + rng.uniform(-0.06, 0.06, 2))
-        things.append(random_thing(rng, label, x, y, math.sqrt(area / np.pi) * rng.uniform(0.88, 1.12)))
-    if rng.random() < DISTRACTOR:
-        other = (label + int(rng.integers(1, len(CLASSES)))) % len(CLASSES)
-        radius = math.sqrt(rng.uniform(0.03, 0.07) * wide.prod() / np.pi)
-        thing = random_thing(rng, other, *rng.uniform(radius, wide - radius), radius)
-        things.insert(int(rng.integers(0, n + 1)), thing)
-    colours = surface_colours(rng, [thing.kind for thing in things])
-    image, instances = render(rng, random_lights(rng), colours, random_backdrop(rng), things, (h, w))
-    seen, instances = np.unique(np.append(0, instances), return_inverse=True)     # hidden things leave no gap
-    instances = instances[1:].reshape(h, w).astype(np.uint8)
-    return Scene(image, instances, [things[i - 1].kind for i in seen[1:]], label)
+    label = index % len(CLASSES)
+    things = random_things(rng, label, wide)
+    colours = surface_colours(rng, [thing.category for thing in things])
+    lights = random_waves(rng, SPOT, 3, 6)
+    backdrop = random_waves(rng, WAVES, 2)
+    image, ids = render(rng, things, colours, lights, backdrop, size)
+
+    seen, numbers = np.unique(np.append(0, ids), return_inverse=True)      # hidden things leave no gap
+    instances = numbers[1:].reshape(size).astype(np.uint8)
+    categories = [things[i - 1].category for i in seen[1:]]
+    return Scene(image, instances, categories, label)
 
 
-def video(index, frames=20, seed=0, size=(64, 112)) -> tuple[np.ndarray, np.ndarray]:
+def random_places(rng, n, wide):
+    """Centres (n, 2) and radii (n,) of n discs that do not touch; where it is crowded they are smaller."""
+    radius = rng.uniform(9, 13, n)
+    i, j = np.triu_indices(n, 1)                                           # every pair
+    gap = 0
+    while gap < 1.1:
+        radius *= 0.995
+        centre = rng.uniform(14, wide - 14, (n, 2))
+        distance = np.linalg.norm(centre[i] - centre[j], axis=1)
+        gap = (distance / (radius[i] + radius[j])).min()
+    return centre, radius
+
+
+def video(index: int, frames: int = 20, seed: int = 0,
+          size: Size = (64, 112)) -> tuple[np.ndarray, np.ndarray]:
     """Three or four objects change places, turn and grow or shrink; those in front hide those behind.
 
-    Returns images uint8 (T, H, W, 3), instances uint8 (T, H, W); numbers stay, frame 0 shows all objects."""
-    size, wide = field(size)
+    Returns images uint8 (T, H, W, 3) and instances uint8 (T, H, W), where each object keeps its number.
+    Frame 0 shows all objects."""
+    size, wide = extent(size)
     rng = np.random.default_rng((seed, VIDEO, index))
-    n = int(rng.integers(3, 5))
-    radius, gap = rng.uniform(9, 13, n), 0
-    while gap < 1.1:                                          # apart in frame 0, smaller where crowded
-        radius *= 0.995
-        begin = rng.uniform(14, wide - 14, (n, 2))
-        pairs = [(i, j) for i in range(n) for j in range(i)]
-        gap = min(math.dist(begin[i], begin[j]) / (radius[i] + radius[j]) for i, j in pairs)
-    way = np.roll(begin, 1, 0) + rng.uniform(-4, 4, (n, 2)) - begin
-    side = way[:, ::-1] * (1, -1) * rng.uniform(-0.2, 0.2, (n, 1))
-    spin, grow, drift = rng.uniform(-1.2, 1.2, n), rng.uniform(-0.25, 0.25, n), rng.uniform(-8, 8, 2)
-    kinds = rng.permutation(len(CLASSES))[:n]
-    things = [random_thing(rng, int(kind), 0, 0, 0) for kind in kinds]
-    angle, lights, out = [thing.angle for thing in things], random_lights(rng), []
-    colours, backdrop = surface_colours(rng, kinds.tolist()), random_backdrop(rng)
+    n = rng.integers(3, 5)
+    begin, radius = random_places(rng, n, wide)
+    end = np.roll(begin, 1, 0) + rng.uniform(-4, 4, (n, 2))                # about where another one was
+    way = end - begin
+    curve = rng.uniform(-0.2, 0.2, (n, 1))
+    side = way[:, ::-1] * (1, -1) * curve                                  # across the way
+    spin = rng.uniform(-1.2, 1.2, n)
+    grow = rng.uniform(-0.25, 0.25, n)
+    drift = rng.uniform(-8, 8, 2)
+    categories = rng.permutation(len(CLASSES))[:n].tolist()
+    things = [random_thing(rng, category, 0, 0, 0) for category in categories]
+    angle = [thing.angle for thing in things]
+    lights = random_waves(rng, SPOT, 3, 6)
+    colours = surface_colours(rng, categories)
+    backdrop = random_waves(rng, WAVES, 2)
+
+    images = []
+    instances = []
     for t in np.linspace(0, 1, frames):
-        ease = t * t * (3 - 2 * t)
+        ease = t * t * (3 - 2 * t)                                         # slow, fast, slow
+        place = begin + ease * way + math.sin(np.pi * ease) * side         # (n, 2)
         for i, thing in enumerate(things):
-            thing.x, thing.y = begin[i] + ease * way[i] + math.sin(np.pi * ease) * side[i]
-            thing.angle, thing.radius = angle[i] + spin[i] * t, radius[i] * (1 + grow[i] * t)
-        out.append(render(rng, lights, colours, backdrop, things, size, drift * t))
-    images, instances = map(np.stack, zip(*out, strict=True))
-    return images, instances
-
-
-class ToyImages:
-    """n scenes of a split as a data set.  Drawn at first reading, then kept in memory."""
-
-    def __init__(self, split="train", n=4000, size=64, seed=0):
-        if split not in SPLITS:
-            raise ValueError(f"toy split {split!r}: have {', '.join(SPLITS)}")
-        self.split, self.n, self.size, self.seed = split, n, size, seed
-        self.classes, self.labels = list(CLASSES), [i % len(CLASSES) for i in range(n)]
-        self.cache = {}
-
-    def __len__(self):
-        return self.n
-
-    def scene(self, i) -> Scene:
-        return scene(i, self.seed, self.split, self.size)
-
-    def read(self, i) -> torch.Tensor:
-        """uint8 (3, H, W), the cache's own: do not write into it."""
-        if not 0 <= i < self.n:
-            raise IndexError(f"toy scene {i} of {self.n}")
-        if i not in self.cache:
-            self.cache[i] = torch.from_numpy(self.scene(i).image).permute(2, 0, 1).contiguous()
-        return self.cache[i]
-
-    def name(self, i) -> str:
-        return f"toy/{self.split}/{i:06d}"
-
-
-# ------------------------------------------------- writers: the layouts of real data sets
-def polygons(mask):
-    """Exact outlines [x0, y0, x1, y1, ...] of a mask's parts; None if a row has a gap in a part."""
-    (parts, n), found = ndimage.label(mask), []
-    for i in range(1, n + 1):
-        y = np.flatnonzero((parts == i).any(1)).repeat(2)
-        part = parts[y] == i
-        left, right = part.argmax(1), part.shape[1] - part[:, ::-1].argmax(1)
-        if part.sum() != (right - left).sum():
-            return None
-        y = y + np.tile((0, 1), len(y) // 2)
-        down, up = np.stack([left, y], 1), np.stack([right, y], 1)[::-1]
-        found.append(np.concatenate([down, up]).ravel().tolist())
-    return found
-
-
-def run_lengths(mask):
-    """COCO's uncompressed RLE: column by column, zeros first."""
-    edges = np.flatnonzero(np.diff(mask.T.ravel().astype(np.int8), prepend=0))
-    return {"counts": np.diff([0, *edges, mask.size]).tolist(), "size": list(mask.shape)}
-
-
-def coco_annotation(mask, kind, crowd, as_runs):
-    ys, xs = np.nonzero(mask)
-    box = [int(v) for v in (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)]
-    outline = None if crowd or as_runs else polygons(mask)
-    return {"category_id": 3 * kind + 2, "iscrowd": int(crowd), "area": int(mask.sum()), "bbox": box,
-            "segmentation": outline or run_lengths(mask)}
-
-
-def save_image(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, quality=95)
-
-
-def save_mask(path, mask):
-    """Palette PNG with PASCAL VOC's colours: bit 3j + c of the number is bit 7 - j of channel c."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    bits = [[i >> 3 * j + c & 1 for j in (0, 1, 2)] for i in range(256) for c in (0, 1, 2)]
-    image.putpalette([128 * a + 64 * b + 32 * c for a, b, c in bits])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
-def save_list(path, names):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{name}\n" for name in names))
-
-
-def write_coco(out, split, n, size, seed):
-    """Category ids have gaps; every 5th object is in run lengths; every 8th scene has a crowd."""
-    images, annotations = [], []
-    for i in range(n):
-        s, name = scene(i, seed, split, size), f"{i + 1:012d}.jpg"
-        save_image(out / f"{split}2017" / name, s.image)
-        images.append({"id": i + 1, "file_name": name, "height": size, "width": size})
-        crowd = i % 8 == 7 and s.categories.count(s.label) > 1
-        numbers = [[k + 1] for k, kind in enumerate(s.categories) if not crowd or kind != s.label]
-        if crowd:
-            numbers.append([k + 1 for k, kind in enumerate(s.categories) if kind == s.label])
-        for ks in numbers:
-            mask, kind, number = np.isin(s.instances, ks), s.categories[ks[0] - 1], len(annotations) + 1
-            annotations.append(coco_annotation(mask, kind, len(ks) > 1, number % 5 == 0))
-            annotations[-1] |= {"id": number, "image_id": i + 1}
-    categories = [{"id": 3 * kind + 2, "name": name} for kind, name in enumerate(CLASSES)]
-    truth = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    (out / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(truth))
-
-
-def write_voc(out, split, n, size, seed):
-    """Classes are 1..10; background pixels that touch an object are void (255)."""
-    out, names = out / "VOC2012", [f"toy_{split}_{i:06d}" for i in range(n)]
-    for i, name in enumerate(names):
-        s = scene(i, seed, split, size)
-        void = (s.instances == 0) & ndimage.binary_dilation(s.instances > 0)
-        classes = np.array([0, *(kind + 1 for kind in s.categories)])[s.instances]
-        save_image(out / "JPEGImages" / f"{name}.jpg", s.image)
-        save_mask(out / "SegmentationClass" / f"{name}.png", np.where(void, 255, classes))
-        save_mask(out / "SegmentationObject" / f"{name}.png", np.where(void, 255, s.instances))
-    lists = out / "ImageSets/Segmentation"
-    save_list(lists / f"{split}.txt", names)
-    if split == "val":
-        save_list(lists / "trainval.txt", (lists / "train.txt").read_text().split() + names)
-
-
-def write_davis(out, split, n, size, seed):
-    names = [f"toy-{split}-{i:03d}" for i in range(n)]
-    for i, name in enumerate(names):
-        pair = video(i + 1_000_000 * SPLITS[split], 20, seed, (size, size * 7 // 4))
-        for t, (image, instances) in enumerate(zip(*pair, strict=True)):
-            save_image(out / "JPEGImages/480p" / name / f"{t:05d}.jpg", image)
-            save_mask(out / "Annotations/480p" / name / f"{t:05d}.png", instances)
-    save_list(out / "ImageSets/2017" / f"{split}.txt", names)
-
-
-def write_folder(out, split, n, size, seed):
-    for i in range(n):
-        s = scene(i, seed, split, size)
-        save_image(out / split / CLASSES[s.label] / f"{i:06d}.png", s.image)
-
-
-def write_sheet(out, size, seed, columns=8):
-    """Classes as rows: scenes to the left, their instances to the right."""
-    cell, side, margin = max(size, 128), max(size, 128) + 4, 68
-    tones = np.array([(38, 38, 46), (242, 142, 43), (78, 155, 207), (89, 191, 110), (225, 87, 89)], np.uint8)
-    sheet = Image.new("RGB", (margin + 2 * columns * side + 12, len(CLASSES) * side + 4), "white")
-    for row, name in enumerate(CLASSES):
-        ImageDraw.Draw(sheet).text((8, row * side + side // 2 - 4), name, fill="black")
-        for column in range(columns):
-            s = scene(row + len(CLASSES) * column, seed, "train", size)
-            for left, picture in ((0, s.image), (columns * side + 8, tones[s.instances])):
-                picture = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-                sheet.paste(picture, (margin + left + column * side, row * side + 4))
-    sheet.save(out / "sheet.png")
-
-
-LAYOUTS = dict(coco=write_coco, voc=write_voc, davis=write_davis, folder=write_folder, sheet=write_sheet)
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, required=True, help="folder to write: new, or empty")
-    p.add_argument("--layout", required=True, help=", ".join(LAYOUTS))
-    p.add_argument("--n", type=int, default=100, help="training scenes; for davis videos of 20 frames")
-    p.add_argument("--n_val", type=int, default=20, help="validation scenes or videos")
-    p.add_argument("--size", type=int, default=64, help="side, for davis height, in pixels")
-    p.add_argument("--seed", type=int, default=0, help="another seed: other scenes of the same classes")
-    p.add_argument("--force", action="store_true", help="write into a folder that is not empty")
-
-    def fail(message):
-        print(f"toy.py: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    p.error = fail
-    args = p.parse_args(argv)
-    if args.layout not in LAYOUTS:
-        fail(f"--layout {args.layout}: have {', '.join(LAYOUTS)}")
-    if min(args.n, args.n_val, args.seed) < 0 or args.size < 16:
-        fail("--n, --n_val and --seed must not be negative, --size at least 16")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()) and not args.force):
-        fail(f"--out {args.out} is not an empty folder (--force writes into a full one)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.layout == "sheet":
-        write_sheet(args.out, args.size, args.seed)
-    else:
-        for split, n in (("train", args.n), ("val", args.n_val)):
-            LAYOUTS[args.layout](args.out, split, n, args.size, args.seed)
-    print(f"wrote layout {args.layout} to {args.out}")
-
-
-if __name__ == "__main__":
-    main()
+            thing.x, thing.y = place[i]
+            thing.angle = angle[i] + spin[i] * t
+            thing.radius = radius[i] * (1 + grow[i] * t)
+        image, ids = render(rng, things, colours, lights, backdrop, size, drift * t)
+        images.append(image)
+        instances.append(ids)
+    return np.stack(images), np.stack(instances)
