@@ -407,13 +407,13 @@ class Batches:
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[dict]]]:
         """(step, batches) from step `first` to before `last`, counted over the whole run."""
-        step = first
-        while step < last:
-            self.sampler.begin(step // self.per_epoch, step % self.per_epoch)
+        for epoch in range(first // self.per_epoch, -(-last // self.per_epoch)):
+            begin = max(first, epoch * self.per_epoch)
+            end = min(last, (epoch + 1) * self.per_epoch)
+            self.sampler.begin(epoch, begin % self.per_epoch)
             loader = iter(self.loader)
-            for _ in range(step % self.per_epoch, self.per_epoch):
+            for step in range(begin, end):
                 yield step, [next_batch(loader) for _ in range(self.accum)]
-                step += 1
 
 
 def next_batch(loader: Iterator) -> dict:
