@@ -1,15 +1,17 @@
 """Augmentation of labelled images, for finetune.py: RandAugment, ThreeAugment, mixup and cutmix.
 
 Everything random is drawn from the generator that is handed in, so that neither workers nor ranks change a
-run.  One image at a time, uint8, in the loader's workers; mixup and cutmix on the batch, on the device.
+run.  RandAugment and ThreeAugment take one uint8 image at a time, in the workers of the loader; mixup and
+cutmix take the batch, on the device.
 
 Sources: RandAugment (arXiv 1909.13719) in the form rand-m9-mstd0.5-inc1: two operations, each applied with
-probability 1/2, magnitude N(9, 0.5) within 0 ... 10, and "increasing" severities: 10 is always the strongest.
+probability 1/2, of magnitude N(9, 0.5) within 0 ... 10, where 10 is the strongest for every operation.
 ThreeAugment (DeiT III, arXiv 2204.07118): one of grey, solarise, blur, then a colour jitter of 0.3.  Mixup
 (arXiv 1710.09412), cutmix (arXiv 1905.04899).
 
-Departs from timm's: always bilinear (theirs picks bilinear or bicubic at random), on tensors, whose rounding
-differs by a grey level here and there.
+Departs from timm: always bilinear, where timm picks bilinear or bicubic at random, and on tensors, whose
+rounding differs by a grey level here and there.  torchvision is imported where it is used, because it is slow
+to load.
 
 Shapes: B images, S pixels of a side, C classes."""
 import math
@@ -17,82 +19,126 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
+from torch import Generator, Tensor
 
 MEAN_COLOUR = [124, 116, 104]                  # ImageNet's, where an image was moved away
-BILINEAR = InterpolationMode.BILINEAR
+
+RAND_OPS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing",
+    "SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing",
+    "SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
+)
 
 
-def moved(image: Tensor, angle: float = 0.0, x: float = 0.0, y: float = 0.0,
-          shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+def rand_op(name: str, image: Tensor, m: float, sign: int) -> Tensor:
+    """One operation of RandAugment, (3, S, S) uint8 -> the same.
+
+    name: one of RAND_OPS, as timm calls them.  m: magnitude / 10, so 0 ... 1.  sign: direction, 1 or -1."""
+    from torchvision.transforms.v2 import functional as tvf
+
+    gain = max(0.1, 1 + sign * 0.9 * m)
+    shear = sign * math.degrees(math.atan(0.3 * m))
+    match name:
+        case "AutoContrast":
+            return tvf.autocontrast(image)
+        case "Equalize":
+            return tvf.equalize(image)
+        case "Invert":
+            return tvf.invert(image)
+        case "Rotate":
+            return moved(image, angle=sign * 30 * m)
+        case "PosterizeIncreasing":
+            bits_kept = max(1, 4 - int(4 * m))
+            return tvf.posterize(image, bits_kept)
+        case "SolarizeIncreasing":
+            return solarize(image, 256 - min(256, int(256 * m)))
+        case "SolarizeAdd":
+            return solarize_add(image, min(128, int(110 * m)))
+        case "ColorIncreasing":
+            return tvf.adjust_saturation(image, gain)
+        case "ContrastIncreasing":
+            return tvf.adjust_contrast(image, gain)
+        case "BrightnessIncreasing":
+            return tvf.adjust_brightness(image, gain)
+        case "SharpnessIncreasing":
+            return tvf.adjust_sharpness(image, gain)
+        case "ShearX":
+            return moved(image, shear=(shear, 0.0))
+        case "ShearY":
+            return moved(image, shear=(0.0, shear))
+        case "TranslateXRel":
+            return moved(image, x=sign * 0.45 * m)
+        case "TranslateYRel":
+            return moved(image, y=sign * 0.45 * m)
+    raise ValueError(f"operation '{name}' is not known: choose from {', '.join(RAND_OPS)}")
+
+
+def moved(
+    image: Tensor, angle: float = 0.0, x: float = 0.0, y: float = 0.0, shear: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
     """Rotation and shear in degrees, translation in shares of the side."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tvf
+
     H, W = image.shape[1:]
-    return tvf.affine(image, angle, [round(x * W), round(y * H)], 1.0, list(shear), BILINEAR,
-                      fill=MEAN_COLOUR)
+    shift = [round(x * W), round(y * H)]
+    return tvf.affine(
+        image, angle, shift, 1.0, list(shear), InterpolationMode.BILINEAR, fill=MEAN_COLOUR
+    )
 
 
 def solarize(image: Tensor, threshold: int) -> Tensor:
-    """Inverts what is at or above the threshold, 0 ... 256."""
+    """Invert what is at or above the threshold, 0 ... 256."""
     return torch.where(image.int() >= threshold, 255 - image, image)
 
 
 def solarize_add(image: Tensor, amount: int) -> Tensor:
-    """Adds `amount` to what is below 128."""
-    return torch.where(image < 128, (image.int() + amount).clamp(max=255).byte(), image)
+    """Add `amount` to what is below 128."""
+    brighter = (image.int() + amount).clamp(max=255).byte()
+    return torch.where(image < 128, brighter, image)
 
 
-# name: (image, m in 0 ... 1, s = -1 or 1) -> image.  m = magnitude / 10
-RAND_OPS = {
-    "AutoContrast": lambda x, m, s: tvf.autocontrast(x),
-    "Equalize": lambda x, m, s: tvf.equalize(x),
-    "Invert": lambda x, m, s: tvf.invert(x),
-    "Rotate": lambda x, m, s: moved(x, angle=s * 30 * m),
-    "PosterizeIncreasing": lambda x, m, s: tvf.posterize(x, max(1, 4 - int(4 * m))),       # bits that stay
-    "SolarizeIncreasing": lambda x, m, s: solarize(x, 256 - min(256, int(256 * m))),
-    "SolarizeAdd": lambda x, m, s: solarize_add(x, min(128, int(110 * m))),
-    "ColorIncreasing": lambda x, m, s: tvf.adjust_saturation(x, max(0.1, 1 + s * 0.9 * m)),
-    "ContrastIncreasing": lambda x, m, s: tvf.adjust_contrast(x, max(0.1, 1 + s * 0.9 * m)),
-    "BrightnessIncreasing": lambda x, m, s: tvf.adjust_brightness(x, max(0.1, 1 + s * 0.9 * m)),
-    "SharpnessIncreasing": lambda x, m, s: tvf.adjust_sharpness(x, max(0.1, 1 + s * 0.9 * m)),
-    "ShearX": lambda x, m, s: moved(x, shear=(s * math.degrees(math.atan(0.3 * m)), 0.0)),
-    "ShearY": lambda x, m, s: moved(x, shear=(0.0, s * math.degrees(math.atan(0.3 * m)))),
-    "TranslateXRel": lambda x, m, s: moved(x, x=s * 0.45 * m),
-    "TranslateYRel": lambda x, m, s: moved(x, y=s * 0.45 * m),
-}
-
-
-def rand_augment(image: Tensor, g: torch.Generator, n: int = 2, magnitude: float = 9.0, std: float = 0.5,
-                 p: float = 0.5) -> Tensor:
+def rand_augment(
+    image: Tensor, g: Generator, n: int = 2, magnitude: float = 9.0, std: float = 0.5, p: float = 0.5
+) -> Tensor:
     """(3, S, S) uint8 -> the same: n operations drawn with replacement, each applied with probability p."""
-    names = list(RAND_OPS)
     for _ in range(n):
-        r, noise = torch.rand(3, generator=g).tolist(), torch.randn((), generator=g).item()
-        if r[0] < p:
+        r_apply, r_name, r_sign = torch.rand(3, generator=g).tolist()
+        noise = torch.randn((), generator=g).item()
+        if r_apply < p:
+            name = RAND_OPS[int(r_name * len(RAND_OPS))]
             m = min(max(magnitude + std * noise, 0.0), 10.0) / 10
-            image = RAND_OPS[names[int(r[1] * len(names))]](image, m, 1 if r[2] < 0.5 else -1)
+            sign = 1 if r_sign < 0.5 else -1
+            image = rand_op(name, image, m, sign)
     return image
 
 
-def three_augment(image: Tensor, g: torch.Generator, jitter: float = 0.3) -> Tensor:
+def three_augment(image: Tensor, g: Generator, jitter: float = 0.3) -> Tensor:
     """(3, S, S) uint8 -> the same: grey, solarised at 128 or blurred (sigma 0.1 to 2), then brightness,
     contrast and saturation by factors within 1 +- jitter."""
-    r = torch.rand(5, generator=g).tolist()
-    if r[0] < 1 / 3:
+    from torchvision.transforms.v2 import functional as tvf
+
+    r_which, r_sigma, *r_jitter = torch.rand(5, generator=g).tolist()
+    if r_which < 1 / 3:
         image = tvf.rgb_to_grayscale(image, num_output_channels=3)
-    elif r[0] < 2 / 3:
+    elif r_which < 2 / 3:
         image = solarize(image, 128)
     else:
-        sigma = 0.1 + 1.9 * r[1]
-        image = tvf.gaussian_blur(image, [2 * math.ceil(2 * sigma) + 1] * 2, [sigma] * 2)
-    for adjust, v in zip((tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation), r[2:],
-                         strict=True):
-        image = adjust(image, 1 + jitter * (2 * v - 1))
+        sigma = 0.1 + 1.9 * r_sigma
+        taps = 2 * math.ceil(2 * sigma) + 1
+        image = tvf.gaussian_blur(image, [taps, taps], [sigma, sigma])
+
+    brightness, contrast, saturation = [1 + jitter * (2 * r - 1) for r in r_jitter]
+    image = tvf.adjust_brightness(image, brightness)
+    image = tvf.adjust_contrast(image, contrast)
+    return tvf.adjust_saturation(image, saturation)
+
+
+def unchanged(image: Tensor, g: Generator) -> Tensor:
     return image
 
 
-AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": lambda image, g: image}
+AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": unchanged}
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -101,7 +147,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def mix(x: Tensor, y: Tensor, rng: np.random.Generator, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Each image of a batch with its counterpart at the other end, by mixup or, half of the time, cutmix.
+    """Mix each image of a batch with its counterpart at the other end, by mixup or, half of the time, cutmix.
 
         mixup   x = lam x_i + (1 - lam) x_j                       lam ~ Beta(mixup, mixup)
         cutmix  a box of share 1 - lam of x_i is that of x_j      lam ~ Beta(cutmix, cutmix), then as clipped
@@ -110,16 +156,27 @@ def mix(x: Tensor, y: Tensor, rng: np.random.Generator, mixup: float, cutmix: fl
     x: (B, 3, S, S) normalised.  y: (B, C) soft targets.  mixup, cutmix: 0 switches one off."""
     if not mixup and not cutmix:
         return x, y
-    cut = bool(cutmix) and (not mixup or rng.random() < 0.5)
-    lam, other = rng.beta(*[cutmix if cut else mixup] * 2), x.flip(0)
-    if cut:
-        S, (cy, cx) = x.shape[-1], rng.integers(0, x.shape[-1], 2)
-        half = S * math.sqrt(1 - lam) / 2
-        top, bottom, left, right = (min(max(round(v), 0), S)
-                                    for v in (cy - half, cy + half, cx - half, cx + half))
-        x = x.clone()
-        x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-        lam = 1 - (bottom - top) * (right - left) / S ** 2
+    use_cutmix = bool(cutmix) and (not mixup or rng.random() < 0.5)
+    other = x.flip(0)
+    if use_cutmix:
+        lam = rng.beta(cutmix, cutmix)
+        x, lam = paste_box(x, other, lam, rng)
     else:
+        lam = rng.beta(mixup, mixup)
         x = lam * x + (1 - lam) * other
     return x, lam * y + (1 - lam) * y.flip(0)
+
+
+def paste_box(x: Tensor, other: Tensor, lam: float, rng: np.random.Generator) -> tuple[Tensor, float]:
+    """x with a box of `other` at a random place, of share 1 - lam before it is clipped at the borders, and
+    the share of x that is left after that."""
+    S = x.shape[-1]
+    y_centre, x_centre = rng.integers(0, S, 2)
+    half = S * math.sqrt(1 - lam) / 2
+    top = max(round(y_centre - half), 0)
+    bottom = min(round(y_centre + half), S)
+    left = max(round(x_centre - half), 0)
+    right = min(round(x_centre + half), S)
+    x = x.clone()
+    x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return x, 1 - (bottom - top) * (right - left) / S ** 2

@@ -1,7 +1,11 @@
 """The three losses of MMC, Eq. (1)-(3).  This is the file to read first.
 
 Tensors in, a float32 scalar out; no model, no options.  Eq. (4) is their weighted sum, in pretrain.py.
-A contrastive loss at ln(1 + number of negatives) means that the network says nothing, or has collapsed.
+A contrastive loss at ln(1 + number of negatives) is at chance level: untrained or collapsed.
+
+To add a loss, write a function here and its line in pretrain.py.  A loss with a state that all ranks share,
+such as DINO's centre, keeps it as a buffer of the teacher's head (`register_buffer` in model.py): there it is
+saved and resumed with the run, and no EMA touches it.  Update it with a mean over ranks (distributed.py).
 
 Shapes: B images on this rank, V global views, L local crops, N patches, C head width, W ranks, A anchors."""
 import torch
@@ -9,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed import all_gather, all_sum, world_size
+
+CPU_ROWS = 392
+GPU_BYTES = 256 * 2 ** 20
 
 
 def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -18,98 +25,151 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     pred: (..., K) carries gradient.  target: the same shape, normalised pixels of the clean view.
     mask: bool, True = corrupted, broadcastable to pred.  No gradient reaches an uncorrupted pixel.
-    The mean of this over W ranks is the loss of the joined batch: the denominator is summed over them."""
+    The denominator is summed over the W ranks, so that the mean of this over the ranks, which is what
+    DistributedDataParallel takes, is the loss of the joined batch."""
     mask = mask.expand_as(pred)
-    error = (pred.float() - target.float()).abs() * mask
-    return error.sum() * world_size() / all_sum(mask.sum()).clamp(min=1)
+    error = (pred.float() - target.float()).abs()
+    error = (error * mask).sum()
+    corrupted = all_sum(mask.sum()).clamp(min=1)
+    return error * world_size() / corrupted
 
 
-def global_contrast(u: Tensor, w: Tensor, tau: float) -> Tensor:
+def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:
     """Eq. (3): InfoNCE of student CLS queries against the teacher's CLS keys of all ranks.
 
-        L_cls = - mean_b log exp(u_b.w_b/tau) / sum_j exp(u_b.w_j/tau),   j over one view's W*B teacher keys
+        L_cls = - mean_b log exp(q_b.k_b/tau) / sum_j exp(q_b.k_j/tau),   j over the W*B keys of one view
 
-    u: (V+L, B, C) student, global views first, carries gradient.  w: (V, B, C) teacher, none.  Both are
-    normalised here.  Averaged over the pairs (student crop i, teacher view j) with i != j: cross-view, local
-    crops against both views.  The gather changes the loss: without it the negatives are those of one rank.
-    Gathered keys need equal batches, and the labels of rank r begin at r*B; forgetting either is invisible
-    on one rank."""
-    u, w = F.normalize(u.float(), dim=-1), F.normalize(w.detach().float(), dim=-1)
+    q: (V+L, B, C) student, global views first, carries gradient.  k: (V, B, C) teacher, none.  Both are
+    normalised here.  The mean runs over the pairs (student crop i, teacher view j) with i != j: global views
+    against the other view, local crops against both.
+
+    The gather changes the loss: without it the negatives are those of one rank.  It needs equal batches, and
+    the labels of rank r begin at r*B; forgetting either is invisible on one rank."""
+    q = F.normalize(q.float(), dim=-1)
+    k = F.normalize(k.detach().float(), dim=-1)
+    B = q.shape[1]
     loss = 0.0
-    for j in range(len(w)):
-        keys, first = all_gather(w[j])                                 # (W*B, C)
-        q = torch.cat([u[i] for i in range(len(u)) if i != j])         # (n*B, C), n = V+L-1 crops
-        labels = first + torch.arange(u.shape[1], device=u.device).repeat(len(u) - 1)
-        loss = loss + F.cross_entropy(q @ keys.T / tau, labels)        # logits (n*B, W*B)
-    return loss / len(w)
+    for j, view in enumerate(k):
+        keys, first = all_gather(view)                                 # (W*B, C)
+        queries = torch.cat([q[:j], q[j + 1:]])                        # (V+L-1, B, C)
+        logits = queries.flatten(0, 1) @ keys.T / tau                  # ((V+L-1)*B, W*B)
+        labels = first + torch.arange(B, device=q.device)
+        labels = labels.repeat(len(queries))
+        loss = loss + F.cross_entropy(logits, labels)
+    return loss / len(k)
 
 
-def patch_contrast(q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
-                   negatives: str | int = "others", block: int = 392) -> Tensor:
-    """Eq. (2): every patch finds its own clean version among the patches of *other* images, on this rank,
-    in one view.
+def patch_contrast(
+    q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
+    negatives: str | int = "others", block: int | None = None,
+) -> Tensor:
+    """Eq. (2), written plainly as `plain_patch_contrast` in tests/plain_forms.py: every patch finds its own
+    clean version among the patches of *other* images, on this rank, in one view.
 
         L_pat = - mean_a log exp(q_a.k_a/tau) / Z_a
         Z_a   = exp(q_a.k_a/tau) + sum_(b' != b(a), p') exp(q_a.k_(b'p')/tau)
 
     q: (A, C) student, carries gradient.  k: (B, N, C) teacher, none.  Both are normalised here.
-    anchors: (A,) index of each q among the B*N patches, None when A = B*N in order.
+    anchors: (A,) index of each q among the B*N patches; None when A = B*N in order.
     negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the
     grid; a number = only those at so many places, drawn anew by torch's generator, the same for all images.
     The own image's other patches are neither positive nor negative.
-    Plain form: tests/test_losses.py."""
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.detach().float(), dim=-1)
+    block: rows that are worked on at a time; the default suits the device."""
+    q = F.normalize(q.float(), dim=-1)
+    k = F.normalize(k.detach().float(), dim=-1)
     B, N, C = k.shape
     if anchors is None:
         anchors = torch.arange(B * N, device=q.device)
     if negatives == "position":
-        logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau                       # (A, B)
+        logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau               # (A, B)
         return F.cross_entropy(logits, anchors // N)
-    pool = k if negatives == "others" else k[:, torch.randperm(N)[:negatives].to(k.device)]   # (B, n, C)
+
+    pool = k                                                           # (B, n, C) negatives
+    if negatives != "others":
+        places = torch.randperm(N)[:negatives]
+        places = places.to(k.device, non_blocking=k.is_cuda)
+        pool = k[:, places]
+    if block is None:
+        block = rows_at_a_time(pool)
     return PatchInfoNCE.apply(q, k.flatten(0, 1), pool, anchors, tau, block)
 
 
+def rows_at_a_time(pool: Tensor) -> int:
+    """Rows of a block of Eq. (2): those that fit the cache of a CPU, or a budget of memory elsewhere, where
+    few large products are faster."""
+    if pool.device.type == "cpu":
+        return CPU_ROWS
+    B, n, _ = pool.shape
+    row = 2 * 4 * B * n                                                # bytes in two float32 matrices
+    return max(CPU_ROWS, GPU_BYTES // row)
+
+
 class PatchInfoNCE(torch.autograd.Function):
-    """Exact blocked InfoNCE.  Only q needs a gradient, and that of a row needs that row only, so it is formed
-    in forward, `block` rows at a time, and no (A, B*N) matrix is ever kept.
+    """Eq. (2) by blocks of rows, so that no (A, B*N) matrix is ever kept.
 
-    keys: (B*N, C), of which row `anchors` (A,) is the positive.  pool: (B, n, C) the negatives, those of the
-    anchor's own image left out."""
+    Only q needs a gradient, and that of a row needs that row alone: it is formed in forward already.
+    keys: (B*N, C), of which row `anchors` (A,) is the positive.  pool: (B, n, C) the negatives; those of the
+    anchor's own image are left out."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, keys: Tensor, pool: Tensor, anchors: Tensor, tau: float,
-                block: int) -> Tensor:
-        (B, n, _), dq, total = pool.shape, torch.empty_like(q), q.new_zeros(())
-        image = anchors // (len(keys) // B)                                                   # (A,)
-        pool, buffer = pool.flatten(0, 1), q.new_empty(2, min(block, len(q)), B * n)         # (B*n, C)
-        for start in range(0, len(q), block):
-            rows = slice(start, min(start + block, len(q)))
-            r = torch.arange(rows.stop - start, device=q.device)
-            own, b = keys[anchors[rows]], image[rows]                          # (r, C) positives; (r,)
-            positive = (q[rows] * own).sum(-1) / tau                                          # (r,)
-            logits = torch.mm(q[rows] / tau, pool.T, out=buffer[0, :len(r)])                  # (r, B*n)
-            logits.view(-1, B, n)[r, b] = -torch.inf
-            logits[r, b * n] = positive                                # in place of one of the own image's
-            p = torch.softmax(logits, -1, out=buffer[1, :len(r)])
-            p_own = p[r, b * n]                                                # (r,) exp(positive) / Z_a
-            p[r, b * n] = 0
-            total -= p_own.clamp(min=1e-38).log().sum()
-            dq[rows] = (p @ pool + (p_own - 1)[:, None] * own) / (tau * len(q))
+    def forward(ctx, q, keys, pool, anchors, tau, block):
+        A = len(q)
+        B, n, _ = pool.shape
+        image = anchors // (len(keys) // B)                            # (A,)
+        pool = pool.flatten(0, 1)                                      # (B*n, C)
+        block = min(block, A)
+        logits_buffer = q.new_empty(block, B * n)
+        p_buffer = q.new_empty(block, B * n)
+        dq = torch.empty_like(q)
+        total = q.new_zeros(())
+
+        for start in range(0, A, block):
+            rows = slice(start, start + block)
+            query = q[rows]                                            # (r, C)
+            positive = keys[anchors[rows]]                             # (r, C)
+            own = image[rows]                                          # (r,)
+            seat = own * n             # column of the positive: the first of those of the own image
+            r = torch.arange(len(query), device=q.device)
+
+            logits = logits_buffer[:len(query)]                        # (r, B*n)
+            torch.mm(query / tau, pool.T, out=logits)
+            logits.view(-1, B, n)[r, own] = -torch.inf
+            logits[r, seat] = (query * positive).sum(-1) / tau
+            p = p_buffer[:len(query)]                                  # (r, B*n) = exp(logits) / Z
+            torch.softmax(logits, -1, out=p)
+
+            # -log p of the positive by way of the largest p, because its own may underflow
+            behind = logits.amax(-1) - logits[r, seat]
+            total += (behind - p.amax(-1).log()).sum()
+
+            pull = p[r, seat] - 1                                      # (r,) towards the positive
+            p[r, seat] = 0
+            gradient = p @ pool + pull[:, None] * positive             # (r, C)
+            dq[rows] = gradient / (tau * A)
         ctx.save_for_backward(dq)
-        return total / len(q)
+        return total / A
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad * ctx.saved_tensors[0], *[None] * 5
+    def backward(ctx, grad):
+        (dq,) = ctx.saved_tensors
+        return grad * dq, None, None, None, None, None
 
 
 @torch.no_grad()
 def mean_cosines(q: Tensor, k: Tensor, anchors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For the log: mean cosine of the positives and of the negatives (patches of other images); shapes as in
-    `patch_contrast`.  From sums alone: sum_(b != b') q_b.k_b' = (sum q).(sum k) - sum_b q_b.k_b."""
-    q, k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+    """For the log: mean cosine of the positives, and of the negatives (patches of other images).
+
+    Shapes as in `patch_contrast`.  The second comes from sums over images alone:
+    sum_(b != b') q_b.k_b' = (sum_b q_b).(sum_b k_b) - sum_b q_b.k_b"""
+    q = F.normalize(q.float(), dim=-1)
+    k = F.normalize(k.float(), dim=-1)
     B, N, C = k.shape
-    anchors = torch.arange(B * N, device=q.device) if anchors is None else anchors
-    qs, ks = k.new_zeros(B, C).index_add_(0, anchors // N, q), k.sum(1)                # (B, C) sums per image
-    negative = ((qs.sum(0) * ks.sum(0)).sum() - (qs * ks).sum()) / (len(q) * (B - 1) * N)
-    return (q * k.reshape(B * N, C)[anchors]).sum(-1).mean(), negative
+    if anchors is None:
+        anchors = torch.arange(B * N, device=q.device)
+    positive = (q * k.flatten(0, 1)[anchors]).sum(-1).mean()
+
+    q_sum = k.new_zeros(B, C).index_add_(0, anchors // N, q)           # (B, C)
+    k_sum = k.sum(1)                                                   # (B, C)
+    every = (q_sum.sum(0) * k_sum.sum(0)).sum()
+    own = (q_sum * k_sum).sum()
+    return positive, (every - own) / (len(q) * (B - 1) * N)

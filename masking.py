@@ -1,195 +1,316 @@
 """What is done to an image before the student sees it: crops, colours, and GMML corruption.
 
-Geometry runs in the loader's workers (`MultiCrop`: crop, resize, flip, on uint8, and which pixels to
-corrupt), colour and corruption on the training device in one batch (`colour`, `gmml`).  All random numbers
-are drawn by `MultiCrop` from the generator of the image, so a batch is the same whatever the worker, the
-device or the number of ranks; only the pixels of N(0,1) noise are drawn on the device, from a seed that the
-image brings.  Everywhere: mask True = corrupted.
+Workers of the loader crop, resize and flip (`MultiCrop`, on uint8) and decide which pixels to corrupt.  The
+training device then colours and corrupts a whole batch at once (`colour`, `gmml`).  `MultiCrop` draws all
+random numbers, from the generator of the image, so a batch is the same for any worker, device or number of
+ranks.  Only the pixels of N(0, 1) noise are drawn on the device, from a seed that the image brings.
 
-Departs from the lineage: GMML blocks may start outside the image and are clipped, so that they cover it
-evenly (theirs grow down and right only, and the first row is masked 3 % of the time, the last 66 %);
-`even=False` brings that back.
+Two words: the *lineage* is the earlier code of the paper's authors and what it follows (SiT, GMML, MC-SSL,
+DINO), where constants come from that the paper does not name.  *Alien* pixels are those of another image of
+the batch.  Masks are True where a pixel or a patch is corrupted.
 
-Shapes: B images, V global views, L local crops, S pixels of a side, P patch size, N patches."""
+Departs from the lineage: blocks may start outside the image and are clipped, so that they cover it evenly.
+The lineage's blocks only grow down and right, so that the first row is masked 3 % of the time and the last
+66 %; `GMML(even=False)` brings that back.
+
+Shapes: B images, V = 2 global views, n local crops, S pixels of a side, P patch size, N patches."""
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-from data import normalize, to_device
+from images import normalize, to_device
 from model import patchify
 
-MAX_BLOCKS = 256                             # 75 % of the area takes about 82 blocks of up to 0.3 of the side
-                                               # (smaller blocks: more of them, in proportion to their area)
-GREY = (0.2989, 0.587, 0.114)                  # Rec. 601 luma, as torchvision rounds it
+BLOCKS_DRAWN = 256             # per view; 75 % of the area takes about 82 blocks of up to 0.3 of the side
+MOST_BLOCKS_DRAWN = 16384      # at a time, for tiny blocks; more are drawn until the area is reached
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green, blue: Rec. 601 luma, as torchvision rounds it
+Range = tuple[float, float]    # lowest and highest value
 
 
 @dataclass
 class Augmentation:
-    """Constants of the multi-crop augmentation; fields named and valued as in the paper or its lineage
-    (SiT, MC-SSL, DINO). blur, solarize: probability for global view 1, global view 2, local crops.  jitter:
-    strength of brightness, contrast, saturation, hue; a factor is drawn from 1 +- strength, the hue shift,
-    in turns, from +- strength."""
+    """Constants of the multi-crop augmentation, valued as in the paper or its lineage.
+
+    blur, solarize: probabilities for global view 1, global view 2, local crops.  jitter: strength of
+    brightness, contrast, saturation, hue; a factor is drawn from 1 +- strength, the hue shift, in turns, from
+    +- strength.  blur_sigma: in pixels."""
+
     global_size: int = 224
-    global_scale: tuple[float, float] = (0.25, 1.0)
+    global_scale: Range = (0.25, 1.0)
     local_number: int = 10
     local_size: int = 96
-    local_scale: tuple[float, float] = (0.05, 0.25)
+    local_scale: Range = (0.05, 0.25)
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
     jitter_p: float = 0.8
     grey: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Range = (0.1, 2.0)
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
 
 
 @dataclass
 class GMML:
-    """Constants of group-masked corruption.  noise_p: how often noise, else alien pixels.  drop_perc: area
-    overwritten by noise, uniform in this range; drop_replace: area overwritten by another image.  block:
-    largest side of a block as a share of the image's.  align: blocks begin and end on multiples of this many
-    pixels.  even: see the file's head."""
+    """Constants of group-masked corruption; all shares are between 0 and 1.
+
+    noise_p: how often a view is corrupted by noise; otherwise by alien pixels.
+    drop_perc: share of the area that noise overwrites, uniform in this range.
+    drop_replace: share of the area that alien pixels overwrite.
+    block: largest side of a block as a share of the image's side.
+    align: blocks begin and end on multiples of this many pixels.
+    even: blocks cover the image evenly, see the head of this file."""
+
     noise_p: float = 0.5
-    drop_perc: tuple[float, float] = (0.5, 0.75)
+    drop_perc: Range = (0.5, 0.75)
     drop_replace: float = 0.30
     block: float = 0.3
     align: int = 1
     even: bool = True
 
 
-def crop_box(H: int, W: int, scale: tuple[float, float], g: torch.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) with torchvision's RandomResizedCrop distribution: area share uniform in
-    `scale`, log aspect uniform in log 3/4 ... log 4/3, ten tries, then the centre."""
-    for area, ratio, y, x in torch.rand(10, 4, generator=g).tolist():
-        area = H * W * (scale[0] + area * (scale[1] - scale[0]))
-        ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+class Colours(NamedTuple):
+    """What `colour` does to each crop.  The first dimension is the crop, after that of a batch, if any."""
+
+    factors: Tensor   # (V, 4) of brightness, contrast, saturation, and the shift of hue
+    order: Tensor     # (V, 4) in which of these four are applied
+    grey: Tensor      # (V,) bool
+    sigma: Tensor     # (V,) of the blur, 0 for none
+    solarize: Tensor  # (V,) bool
+
+
+class Corruption(NamedTuple):
+    """What `gmml` does to the two global views of an image."""
+
+    mask: Tensor        # (2, S, S) bool, True = to corrupt
+    alien: Tensor       # (2,) float64, which other image lends pixels, as a place in 0 ... 1; -1 = noise
+    noise_seed: Tensor  # (2,) int64
+
+
+# ---- crops and random numbers, in the workers of the loader ----
+def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
+    """(top, left, height, width) with the distribution of torchvision's RandomResizedCrop: area uniform in
+    `scale`, log of the aspect ratio uniform in log 3/4 ... log 4/3, ten tries, then the centre."""
+    low, high = scale
+    for r_area, r_ratio, r_top, r_left in torch.rand(10, 4, generator=g).tolist():
+        area = H * W * (low + r_area * (high - low))
+        ratio = math.exp((2 * r_ratio - 1) * math.log(4 / 3))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= W and 0 < h <= H:
-            return int(y * (H - h + 1)), int(x * (W - w + 1)), h, w
-    h, w = min(H, round(W * 4 / 3)), min(W, round(H * 4 / 3))
-    return (H - h) // 2, (W - w) // 2, h, w
+            top = int(r_top * (H - h + 1))
+            left = int(r_left * (W - w + 1))
+            return top, left, h, w
+    h = min(H, round(W * 4 / 3))
+    w = min(W, round(H * 4 / 3))
+    top = (H - h) // 2
+    left = (W - w) // 2
+    return top, left, h, w
 
 
-def random_resized_crop(image: Tensor, size: int, scale: tuple[float, float], flip: float,
-                        g: torch.Generator) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic, mirrored
-    with probability `flip`."""
+def random_resized_crop(
+    image: Tensor, size: int, scale: Range, flip: float, g: Generator
+) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic interpolation,
+    mirrored with probability `flip`."""
     top, left, h, w = crop_box(*image.shape[1:], scale, g)
     crop = image[None, :, top:top + h, left:left + w]
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-    return crop.flip(-1) if torch.rand((), generator=g) < flip else crop
+    if torch.rand((), generator=g) < flip:
+        crop = crop.flip(-1)
+    return crop
 
 
 class MultiCrop:
     """2 global views and n local crops of an image, with the random numbers that `colour` and `gmml` need.
 
-    Call: (image (3, H, W) uint8, generator) -> dict of tensors without the batch dimension:
-      global (2, 3, S, S), local (n, 3, s, s) if n > 0, both uint8;
-      colour (2+n, 11), mask (2, S, S) bool, True = to corrupt, kind (2, 2)."""
+    Call it with an image (3, H, W) uint8 and a generator.  Returns a dict, without the batch dimension:
+      views (2, 3, S, S) uint8, and local (n, 3, s, s) uint8 if n > 0;
+      colours: `Colours` of the 2 + n crops, views first;  corruption: `Corruption` of the views;
+      with a patch_size: corrupted_patches (2, N) bool, True where any pixel of the patch is corrupted, and
+      masked_patches (2, N) bool, True where at least half of them are."""
 
-    def __init__(self, augmentation: Augmentation, corruption: GMML):
-        self.a, self.c = augmentation, corruption
-        self.blocks = max(MAX_BLOCKS, math.ceil(MAX_BLOCKS * (0.3 / corruption.block) ** 2))
+    def __init__(self, augmentation: Augmentation, corruption: GMML, patch_size: int | None = None):
+        size = augmentation.global_size
+        if size % corruption.align:
+            raise ValueError(f"align {corruption.align} does not divide the {size} pixels of a view")
+        if corruption.block <= 0 or max(*corruption.drop_perc, corruption.drop_replace) > 1:
+            raise ValueError(f"{corruption}: expected a block above 0, and shares of the area up to 1")
+        self.augmentation = augmentation
+        self.corruption = corruption
+        self.patch_size = patch_size
+        self.cells = size // corruption.align                          # of a side, where blocks can begin
+        self.largest = max(1, int(corruption.block * self.cells))      # side of a block in cells
 
-    def __call__(self, image: Tensor, g: torch.Generator) -> dict[str, Tensor]:
-        a, n = self.a, self.a.local_number
-        views = [random_resized_crop(image, a.global_size, a.global_scale, a.flip, g) for _ in range(2)]
-        local = [random_resized_crop(image, a.local_size, a.local_scale, a.flip, g) for _ in range(n)]
-        out = {"global": torch.stack(views), "colour": self.draw_colour(g)} | self.draw_masks(g)
-        return out | ({"local": torch.stack(local)} if n else {})
+    @property
+    def largest_block(self) -> int:
+        """The largest side, in pixels, that a block really gets: whole cells of `align`, at least one."""
+        return self.largest * self.corruption.align
 
-    def draw_colour(self, g: torch.Generator) -> Tensor:
-        """(2+n, 11): what `colour` does to each crop:
-        [4 factors, 4 = order of the ops, grey, sigma or 0, solarize]."""
-        a, n = self.a, self.a.local_number
-        kinds = torch.tensor([0, 1] + [2] * n)
-        r = torch.rand(2 + n, 12, generator=g)
-        strength = torch.tensor(a.jitter)
-        factors = 1 + (2 * r[:, :4] - 1) * strength
+    def __call__(self, image: Tensor, g: Generator) -> dict:
+        a = self.augmentation
+        views = []
+        for _ in range(2):
+            views.append(random_resized_crop(image, a.global_size, a.global_scale, a.flip, g))
+        local = []
+        for _ in range(a.local_number):
+            local.append(random_resized_crop(image, a.local_size, a.local_scale, a.flip, g))
+
+        out = {"views": torch.stack(views), "colours": self.draw_colours(g)}
+        if local:
+            out["local"] = torch.stack(local)
+        out["corruption"] = self.draw_corruption(g)
+        if self.patch_size:
+            share = corrupted_share(out["corruption"].mask, self.patch_size)
+            out["corrupted_patches"] = share > 0
+            out["masked_patches"] = share >= 0.5
+        return out
+
+    def draw_colours(self, g: Generator) -> Colours:
+        """Draw what `colour` does to the 2 + n crops."""
+        a = self.augmentation
+        crops = 2 + a.local_number
+        kind = torch.tensor([0, 1] + [2] * a.local_number)             # view 1, view 2, local
+        r = torch.rand(crops, 12, generator=g)
+        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = r.split([4, 1, 1, 1, 1, 4], dim=1)
+        r_grey = torch.rand(crops, generator=g)
+
+        factors = 1 + (2 * r_factors - 1) * torch.tensor(a.jitter)
         factors[:, 3] -= 1                                             # hue is a shift, not a gain
-        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        factors = torch.where(r[:, 4:5] < a.jitter_p, factors, neutral)
-        sigma = a.blur_sigma[0] + r[:, 5] * (a.blur_sigma[1] - a.blur_sigma[0])
-        sigma = torch.where(r[:, 6] < torch.tensor(a.blur)[kinds], sigma, 0.0)
-        solarize = r[:, 7] < torch.tensor(a.solarize)[kinds]
-        return torch.cat([factors, r[:, 8:].argsort(1), (torch.rand(2 + n, 1, generator=g) < a.grey),
-                          sigma[:, None], solarize[:, None]], dim=1)
+        factors = torch.where(r_jitter < a.jitter_p, factors, torch.tensor(NEUTRAL))
+        low, high = a.blur_sigma
+        sigma = low + r_sigma[:, 0] * (high - low)
+        blurred = r_blur[:, 0] < torch.tensor(a.blur)[kind]
+        return Colours(
+            factors=factors,
+            order=r_order.argsort(1),
+            grey=r_grey < a.grey,
+            sigma=torch.where(blurred, sigma, 0.0),
+            solarize=r_solarize[:, 0] < torch.tensor(a.solarize)[kind],
+        )
 
-    def draw_masks(self, g: torch.Generator) -> dict[str, Tensor]:
-        """mask (2, S, S) bool: pixels to corrupt in each view.
-        kind (2, 2) float64: where to look for the alien (0 ... 1, or -1 for noise), the seed of the noise."""
-        a, c, cells = self.a, self.c, self.a.global_size // self.c.align
-        largest = max(1, int(c.block * cells))
-        size = 1 + (torch.rand(2, self.blocks, 2, generator=g) * largest).long().clamp(max=largest - 1)
-        low = 1 - size if c.even else torch.zeros_like(size)
-        start = low + (torch.rand(2, self.blocks, 2, generator=g) * (cells - low)).long()
+    def draw_corruption(self, g: Generator) -> Corruption:
+        """Draw what `gmml` does to the 2 global views."""
+        c = self.corruption
+        size = self.augmentation.global_size
+        blocks = self.draw_blocks(2, g)
         r = torch.rand(2, 3, generator=g, dtype=torch.float64)
-        noise = r[:, 0] < c.noise_p
-        area = torch.where(noise, c.drop_perc[0] + r[:, 1] * (c.drop_perc[1] - c.drop_perc[0]),
-                           c.drop_replace)
-        seeds = torch.randint(2 ** 52, (2,), generator=g).double()
-        blocks = torch.cat([start, start + size], -1) * c.align
-        masks = [block_mask(blocks[v], area[v].item(), a.global_size) for v in (0, 1)]
-        return {"mask": torch.stack(masks),
-                "kind": torch.stack([torch.where(noise, -1.0, r[:, 2]), seeds], dim=1)}
+        r_noise, r_area, r_alien = r.unbind(1)
+        noise_seed = torch.randint(2 ** 52, (2,), generator=g)
+
+        noise = r_noise < c.noise_p
+        low, high = c.drop_perc
+        area = torch.where(noise, low + r_area * (high - low), c.drop_replace)
+        masks = []
+        for view_blocks, share in zip(blocks, area.tolist(), strict=True):
+            mask = np.zeros((size, size), bool)
+            while not add_blocks(mask, view_blocks, share):
+                view_blocks = self.draw_blocks(1, g)[0]
+            masks.append(torch.from_numpy(mask))
+        alien = torch.where(noise, -1.0, r_alien)
+        return Corruption(torch.stack(masks), alien, noise_seed)
+
+    def draw_blocks(self, views: int, g: Generator) -> Tensor:
+        """Draw blocks for each view, (views, K, 4): top, left, bottom, right in pixels.  The smaller the
+        blocks, the more are drawn, in inverse proportion to their area."""
+        c = self.corruption
+        K = math.ceil(BLOCKS_DRAWN * (0.3 / c.block) ** 2)
+        K = min(max(K, BLOCKS_DRAWN), MOST_BLOCKS_DRAWN)
+        r_size = torch.rand(views, K, 2, generator=g)
+        r_start = torch.rand(views, K, 2, generator=g)
+
+        size = (r_size * self.largest).long()
+        size = 1 + size.clamp(max=self.largest - 1)                    # (views, K, 2) in cells
+        first = torch.zeros_like(size)                                 # where a block may start
+        if c.even:
+            first = 1 - size                                           # only its last cell is inside
+        start = first + (r_start * (self.cells - first)).long()
+        return torch.cat([start, start + size], dim=-1) * c.align
 
 
-def block_mask(blocks: Tensor, area: float, size: int) -> Tensor:
-    """Union of rectangles, added in order until the area is reached; overlaps and overshoot allowed.
+def add_blocks(mask: np.ndarray, blocks: Tensor, area: float) -> bool:
+    """Corrupt one block after another, until a share `area` of the mask is corrupted.
 
-    blocks: (K, 4) top, left, bottom, right in pixels, may reach outside.  area: share of the image, 0 ... 1.
-    Returns (S, S) bool."""
-    mask, missing = np.zeros((size, size), bool), area * size ** 2
+    mask: (S, S) bool, changed in place.  blocks: (K, 4) top, left, bottom, right in pixels; they may overlap
+    and reach outside.  Returns whether the area is reached; the last block may overshoot it."""
+    missing = area * mask.size - np.count_nonzero(mask)
     for top, left, bottom, right in blocks.clamp(min=0).tolist():
         if missing <= 0:
             break
         box = mask[top:bottom, left:right]
         missing -= box.size - np.count_nonzero(box)
         box[:] = True
-    return torch.from_numpy(mask)
+    return missing <= 0
+
+
+def corrupted_share(mask: Tensor, p: int) -> Tensor:
+    """(B, S, S) bool -> (B, N): the share of a patch's pixels that is corrupted."""
+    return patchify(mask[:, None].float(), p).mean(-1)
+
+
+def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:
+    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted; a share
+    of 0 means any pixel."""
+    covered = corrupted_share(mask, p)
+    return covered >= share if share > 0 else covered > 0
 
 
 # ---- colour, on the device ----
-# Each op is torchvision.transforms.functional's of the same name, with a factor per image.
-
-def per_image(f: Tensor) -> Tensor:
-    return f.view(-1, 1, 1, 1)
+# Each op is that of torchvision.transforms.functional with the same name, with a factor (B,) for each image.
+def luma(x: Tensor) -> Tensor:
+    """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W)."""
+    red, green, blue = x.unbind(1)
+    y = red * GREY[0]
+    y.add_(green, alpha=GREY[1])
+    y.add_(blue, alpha=GREY[2])
+    return y[:, None]
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0..1 -> (B, 1, H, W) luma."""
-    r, g, b = x.unbind(1)
-    return (r * GREY[0]).add_(g, alpha=GREY[1]).add_(b, alpha=GREY[2])[:, None]
+    """(B, 3, H, W) in 0 ... 1 -> (B, 3, H, W), the luma in all three channels."""
+    return luma(x).expand_as(x)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * per_image(factor)).clamp_(0, 1)
+    x = x * factor.view(-1, 1, 1, 1)
+    return x.clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = grayscale(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(x), x, per_image(factor)).clamp_(0, 1)
+    mean = luma(x).mean((1, 2, 3), keepdim=True)
+    x = torch.lerp(mean.expand_as(x), x, factor.view(-1, 1, 1, 1))
+    return x.clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(grayscale(x).expand_as(x), x, per_image(factor)).clamp_(0, 1)
+    x = torch.lerp(grayscale(x), x, factor.view(-1, 1, 1, 1))
+    return x.clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` turns (-0.5 ... 0.5), value and saturation kept."""
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    r, g, b = x.unbind(1)
-    c = chroma.clamp(min=1e-12)
-    # sextants
-    h = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    h = torch.where(chroma > 0, h, 0.0) + 6 * shift.view(-1, 1, 1)
-    sextant = (h[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(sextant, 4 - sextant).clamp(0, 1)
+    """Turn the hue of HSV by `shift` turns (-0.5 ... 0.5); value and saturation stay."""
+    red, green, blue = x.unbind(1)                                     # (B, H, W)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    divisor = chroma.clamp(min=1e-12)
+
+    hue = 4 + (red - green) / divisor                                  # in sixths of a turn
+    hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
+    hue = torch.where(value == red, (green - blue) / divisor, hue)
+    hue = torch.where(chroma > 0, hue, 0.0)                            # grey has none
+    hue = hue + 6 * shift.view(-1, 1, 1)
+
+    offset = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+    sextant = hue[:, None] + to_device(offset, x.device)               # (B, 3, H, W)
+    sextant = sextant % 6
+    weight = torch.minimum(sextant, 4 - sextant).clamp(0, 1)
+    return value[:, None] - chroma[:, None] * weight
 
 
 def solarize(x: Tensor) -> Tensor:
@@ -197,69 +318,96 @@ def solarize(x: Tensor) -> Tensor:
     return torch.where(x >= 0.5, 1 - x, x)
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image with its own sigma (pixels), reflected at the borders.  Rows and columns are blurred by
-    a product with a banded matrix, which is faster than a convolution with a different kernel per image. The
-    kernel reaches 3 sigma of the largest sigma in the recipe, 13 taps at sigma 2, less on tiny images."""
-    rows, columns = blur_matrix(sigma, x.shape[2]), blur_matrix(sigma, x.shape[3])
-    return rows[:, None] @ (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
+def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur each image with its own sigma (pixels), reflected at the borders.
+
+    Rows and columns are blurred by a product with a banded matrix, which is faster than a convolution with a
+    different kernel for each image.  radius: of the largest sigma, from `blur_radius`."""
+    H, W = x.shape[2:]
+    rows = blur_matrix(sigma, H, radius)                               # (B, H, H)
+    columns = blur_matrix(sigma, W, radius)                            # (B, W, W)
+    x = x.flatten(1, 2) @ columns.transpose(1, 2)                      # (B, 3*H, W)
+    x = x.unflatten(1, (3, H))
+    return rows[:, None] @ x
 
 
-def blur_matrix(sigma: Tensor, n: int, radius: int = 6) -> Tensor:
-    """(B,) -> (B, n, n): row i holds the weights of the pixels that make the blurred pixel i."""
+def blur_radius(sigma: Tensor) -> Tensor:
+    """How many pixels a kernel reaches to each side: 3 sigma, and at least 6."""
+    return (3 * sigma).ceil().clamp(min=6)
+
+
+def blur_matrix(sigma: Tensor, n: int, radius: int) -> Tensor:
+    """(B,) -> (B, n, n): row i holds the weights of the pixels that make the blurred pixel i.
+
+    Each image has the reach of its own sigma, whatever the others need.  On tiny images it is shorter."""
+    B = len(sigma)
     radius = min(radius, n - 1)
-    d = torch.arange(-radius, radius + 1, device=sigma.device)
-    taps = torch.softmax(-0.5 * (d / sigma[:, None]) ** 2, dim=1)                             # (B, 2R+1)
-    source = (torch.arange(n, device=sigma.device)[:, None] + d).abs()
-    source = torch.where(source >= n, 2 * (n - 1) - source, source)                           # reflect
-    out = taps.new_zeros(len(sigma), n, n)
-    return out.scatter_add_(2, source.expand(len(sigma), -1, -1), taps[:, None].expand(-1, n, -1))
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    logits = -0.5 * (offset / sigma[:, None]) ** 2
+    beyond = offset.abs() > blur_radius(sigma)[:, None]
+    logits = logits.masked_fill(beyond, -math.inf)
+    weights = logits.softmax(1)                                        # (B, 2*radius+1)
+
+    row = torch.arange(n, device=sigma.device)
+    source = (row[:, None] + offset).abs()                             # (n, 2*radius+1)
+    reflected = 2 * (n - 1) - source
+    source = torch.where(source >= n, reflected, source)
+    source = source.expand(B, -1, -1)
+    weights = weights[:, None].expand_as(source)
+    matrix = sigma.new_zeros(B, n, n)
+    return matrix.scatter_add_(2, source, weights)
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)                                         # factors that change nothing
+
+
+def apply_to(x: Tensor, chosen: Tensor, op: Callable, *values: Tensor) -> None:
+    """Apply an op, in place, to the chosen images (B,) bool.  These are known on the CPU, so that the device
+    need not be waited for.  values: (B,) arguments of the op, on the device."""
+    index = chosen.nonzero().flatten()
+    if len(index):
+        index = to_device(index, x.device)
+        values = [v[index] for v in values]
+        x[index] = op(x[index], *values)
 
 
 @torch.no_grad()
-def colour(x: Tensor, draw: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32 normalised, coloured by the rows of `draw` (B, 11), which stays on the
-    CPU: the images that an op touches are chosen there, so the device never waits."""
-    def chosen(mask):
-        return to_device(mask.nonzero().flatten(), x.device)
-    values = to_device(draw, x.device)
+def colour(x: Tensor, colours: Colours) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32, coloured as drawn and normalised.
+
+    colours: fields of (B, ...), which stay on the CPU."""
     x = x.float() / 255
-    ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    for slot in range(4):
-        for op in range(4):
-            i = chosen((draw[:, 4 + slot] == op) & (draw[:, op] != neutral[op]))
-            if len(i):
-                x[i] = ops[op](x[i], values[i, op])
-    for column, fn in ((8, lambda x, _: grayscale(x).expand_as(x)), (9, gaussian_blur),
-                       (10, lambda x, _: solarize(x))):
-        i = chosen(draw[:, column] > 0)
-        if len(i):
-            x[i] = fn(x[i], values[i, column])
+    factors = to_device(colours.factors, x.device)
+    sigma = to_device(colours.sigma, x.device)
+    for place in range(4):
+        for i, adjust in enumerate(ADJUSTMENTS):
+            changes = colours.factors[:, i] != NEUTRAL[i]
+            its_turn = colours.order[:, place] == i
+            apply_to(x, changes & its_turn, adjust, factors[:, i])
+    apply_to(x, colours.grey, grayscale)
+    radius = int(blur_radius(colours.sigma).max())
+    apply_to(x, colours.sigma > 0, partial(gaussian_blur, radius=radius), sigma)
+    apply_to(x, colours.solarize, solarize)
     return normalize(x)
 
 
 # ---- GMML corruption, on the device ----
 @torch.no_grad()
-def gmml(x: Tensor, mask: Tensor, kind: Tensor) -> Tensor:
-    """Overwrite the masked pixels of one view of a batch (GMML, as in the authors' SiT and MC-SSL).
+def gmml(x: Tensor, mask: Tensor, alien: Tensor, noise_seed: Tensor) -> Tensor:
+    """Overwrite the masked pixels of one view of a batch, as in the lineage.
 
-    x: (B, 3, S, S) normalised.  mask (B, S, S), on x's device, kind (B, 2), which stays on the CPU: of
-    `MultiCrop.draw_masks`.  Raises ValueError for a batch of one: no alien exists."""
+    x: (B, 3, S, S) normalised.  mask: (B, S, S) bool, on the device of x.  alien, noise_seed: (B,), as in
+    `Corruption`, which stay on the CPU.  Raises ValueError for a batch of one, which has no other image."""
     B = len(x)
     if B < 2:
         raise ValueError("GMML needs another image to take pixels from: a batch of 2 or more per rank")
-    where, seeds = kind.unbind(1)
-    step = 1 + (where.clamp(min=0) * (B - 1)).long()                                          # 1 ... B-1
-    fill = x[((torch.arange(B) + step) % B).to(x.device)]
-    g = torch.Generator(x.device)
-    for i in (where < 0).nonzero().flatten().tolist():
-        fill[i].normal_(generator=g.manual_seed(int(seeds[i])))
+    place = alien.clamp(min=0)
+    step = 1 + (place * (B - 1)).long()                                # 1 ... B-1 images further
+    lender = (torch.arange(B) + step) % B
+    fill = x[to_device(lender, x.device)]
+    g = Generator(x.device)
+    for i in (alien < 0).nonzero().flatten().tolist():
+        g.manual_seed(noise_seed[i].item())
+        fill[i].normal_(generator=g)
     return torch.where(mask[:, None], fill, x)
-
-
-def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:
-    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted
-    (0: any pixel)."""
-    covered = patchify(mask[:, None].float(), p).mean(-1)
-    return covered >= share if share > 0 else covered > 0
