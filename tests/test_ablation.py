@@ -1,27 +1,44 @@
 """Proves: each study's variants are options that pretrain.py takes, Table 4's losses are on and off as named;
-a study runs, evaluates, goes on after an interruption without doing a run twice, and draws what it found."""
+a study runs, evaluates, goes on after an interruption without doing a run twice, and draws what it found; the
+stored results give the stored tables."""
 import json
+from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_pretrain import TINY
 
-import ablation
+import figure
+import run
 from pretrain import get_args
+from run import Mistake
+from studies import ablation
 from toy import scene
 
+ROOT = Path(__file__).parent.parent
+STORED = sorted(path.parent for path in ROOT.glob("results/*/table.md"))
 
+
+# ------------------------------------------------- studies
 def test_variants_are_options_of_pretrain():
     for study in ablation.STUDIES.values():
         for options in study.values():
-            get_args(options)
+            get_args(options.split())
     assert set(ablation.STUDIES["table4"]) == set(ablation.PAPER)
     for name, options in ablation.STUDIES["table4"].items():
-        args = get_args(options)
-        assert name == "".join(str(int(w > 0)) for w in (args.w_rec, args.w_cls, args.w_pat))
+        args = get_args(options.split())
+        weights = args.w_rec, args.w_cls, args.w_pat
+        assert name == "".join(str(int(w > 0)) for w in weights)
 
 
+def test_a_wrong_name_is_named():
+    with pytest.raises(Mistake, match="--variants 222: table4 has 111"):
+        ablation.get_args(["--out", "x", "--variants", "222"])
+
+
+# ------------------------------------------------- table and curves
 def row(variant, seed, value):
     return {"variant": variant, "seed": seed, "knn_cls": value, "knn_pat": 2 * value, "coco_overlap": 0.5,
             "knn_cls_untrained": 9.0 + seed, "curve": [[0, 10.0, 10.0], [2, value, 2 * value]]}
@@ -32,13 +49,66 @@ def test_table_by_hand():
     lines = ablation.table(rows, "table4").splitlines()
     assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | "
                         "*paper: CLS / PAT / fine-tuned* |")
+    assert lines[1] == "|---|---|---|---|---|---|"
     assert lines[2] == "| untrained | 2 | 9.5 +- 0.7 |  |  | |"                     # once per seed
     assert lines[3] == "| 111 | 2 | 31.0 +- 1.4 | 62.0 +- 2.8 | 0.500 +- 0.000 | *77.5 / 77.0 / 91.0* |"
     assert lines[4] == "| 100 | 1 | 11.0 | 22.0 | 0.500 | *17.2 / 14.7 / 89.9* |"
-    picture = ablation.curves(rows, "table4")
-    assert picture.size == (920, 320) and len(picture.getcolors(100_000)) > 20
 
 
+def test_cells_have_digits_that_mean_something():
+    for values, text in (([], ""), ([1234.5], "1234"), ([38.93, None, 40.07], "39.5 +- 0.8"),
+                         ([0.8095], "0.809")):
+        assert ablation.cell([{"x": value} for value in values], "x") == text
+
+
+def test_curves_show_each_variant_twice():
+    rows = [row("111", 0, 30.0), row("111", 1, 32.0), row("100", 0, 11.0)]
+    picture = np.asarray(ablation.curves(rows, "table4"))
+    for half in np.array_split(picture, 2, axis=1):                    # CLS and PAT
+        for colour in np.uint8(0.85 * figure.palette(3)[1:]):
+            assert (half == colour).all(-1).sum() > 144                # more than its square in the legend
+
+
+def test_curves_join_the_epochs_that_all_seeds_have():
+    holes = [row("111", 0, 30.0), row("111", 1, 32.0)]
+    holes[1]["curve"] = [[2, 32.0, 64.0]]
+    whole = [row("111", 0, 30.0), row("111", 1, 32.0)]
+    for r in whole:
+        r["curve"] = r["curve"][1:]
+    assert ablation.mean_curve(holes, 1) == ablation.mean_curve(whole, 1) == [(2, 31.0)]
+    assert ablation.mean_curve(holes, 2) == [(2, 62.0)]
+    a, b = (ablation.curves(rows, "table4").tobytes() for rows in (holes, whole))
+    assert a == b
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_stored_results_give_the_stored_table(folder):
+    rows = run.read_lines(folder / "results.jsonl")
+    assert ablation.table(rows, rows[0]["study"]) == (folder / "table.md").read_text()
+    ablation.curves(rows, rows[0]["study"])
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_stored_runs_are_recognised(folder):
+    file = folder / "results.jsonl"
+    for stored in run.read_lines(file):
+        evaluation = stored["evaluation"]
+        command = ["--out", "x", "--study", stored["study"]]
+        for name in ("coco", "voc"):
+            command += [f"--{name}", evaluation[name]] if evaluation[name] else []
+        if evaluation["zeroshot"]:
+            command += ["--zeroshot_options", evaluation["zeroshot"]]
+        if evaluation["finetune"]:
+            data, options = evaluation["finetune"]
+            command += ["--finetune", data, "--finetune_options", options]
+        own = ablation.STUDIES[stored["study"]][stored["variant"]].split()
+        shared = stored["options"][:len(stored["options"]) - len(own)]
+        args = ablation.get_args([*command, "--", *shared])
+        assert ablation.is_done(file, stored["variant"], stored["seed"], args)
+
+
+# ------------------------------------------------- runs
+@pytest.mark.slow
 def test_a_study_runs_once_and_goes_on(tmp_path, monkeypatch, capsys):
     for split, n in (("train", 12), ("val", 6)):
         for i in range(n):
@@ -65,26 +135,93 @@ def test_a_study_runs_once_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "results.jsonl").read_text() == found
 
 
-def test_curves_join_the_epochs_that_all_seeds_have():
-    holes = [row("111", 0, 30.0), row("111", 1, 32.0)]
-    holes[1]["curve"] = [[2, 32.0, 64.0]]
-    whole = [row("111", 0, 30.0), row("111", 1, 32.0)]
-    for r in whole:
-        r["curve"] = r["curve"][1:]
-    a, b = (ablation.curves(rows, "table4").tobytes() for rows in (holes, whole))
-    assert a == b
+class Scripts:
+    """Stands in for our scripts: writes what they write, and notes how they were called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, script, *options):
+        options = [str(option) for option in options]
+        self.calls.append([script, *options])
+        if script == "pretrain.py":
+            self.pretrain(Path(options[options.index("--output_dir") + 1]))
+            return
+        metrics = {"top1": 50.0} if script == "finetune.py" else {"best": 30.0, "auto": 31.0, "overlap": 0.7}
+        file = options[options.index("--json") + 1]
+        run.record(file, eval=script, ckpt="", weights="", data="", data_digest="", protocol={},
+                   metrics=metrics, seconds=1.0, device=Mock(type="cpu"))
+
+    def pretrain(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {"knn_cls": 40.0, "knn_pat": 20.0, "knn_cls_untrained": 10.0, "knn_pat_untrained": 10.0,
+                   "seconds": 7.5}
+        about = {"options": {"device": "cpu"}, "torch": "2.11", "commit": "abc1234"}
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "run.json").write_text(json.dumps(about))
+        for epoch, value in ((0, 10.0), (2, 30.0), (2, 40.0)):         # the last epoch ran twice
+            run.append_json(folder / "log.jsonl", {"epoch": epoch, "knn_cls": value, "knn_pat": value / 2})
+        run.append_json(folder / "log.jsonl", {"step": 1, "loss": 3.0})
+
+
+def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, monkeypatch):
+    scripts = Scripts()
+    monkeypatch.setattr(ablation, "call", scripts)
+    command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--study", "decisions",
+               "--variants", "w_cls 1", "--seeds", "3", "--coco", "COCO", "--voc", "VOC",
+               "--finetune", "DATA", "--zeroshot_options", "--size 240", "--finetune_options", "--epochs 1",
+               "--", "--lr", "1e-3"]
+    ablation.main(ablation.get_args(command))
+
+    work = tmp_path / "work" / "w_cls_1_3"
+    file = str(work / "evaluation.jsonl")
+    weights = ["--ckpt", str(work / "backbone.pth")]
+    assert scripts.calls == [
+        ["pretrain.py", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_cls", "1"],
+        ["zeroshot.py", *weights, "--coco", "COCO", "--size", "240", "--json", file],
+        ["zeroshot.py", *weights, "--voc", "VOC", "--size", "240", "--json", file],
+        ["finetune.py", *weights, "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
+         "--epochs", "1", "--json", file]]
+
+    line, = run.read_lines(tmp_path / "out" / "results.jsonl")
+    today = line.pop("date")
+    assert len(today.split("-")) == 3
+    assert line.pop("command").startswith("python -m studies.ablation --out ")
+    assert line == {
+        "study": "decisions", "variant": "w_cls 1", "seed": 3, "options": ["--lr", "1e-3", "--w_cls", "1"],
+        "evaluation": {"coco": "COCO", "voc": "VOC", "zeroshot": "--size 240",
+                       "finetune": ["DATA", "--epochs 1"]},
+        "knn_cls": 40.0, "knn_pat": 20.0, "knn_cls_untrained": 10.0, "knn_pat_untrained": 10.0,
+        "seconds": 7.5, "curve": [[0, 10.0, 5.0], [2, 40.0, 20.0]],
+        "coco": 30.0, "coco_auto": 31.0, "coco_overlap": 0.7, "voc": 30.0, "voc_auto": 31.0,
+        "voc_overlap": 0.7, "finetune": 50.0, "device": "cpu", "torch": "2.11", "commit": "abc1234"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| w_cls 1 | 1 | 40.0 | 20.0 | 30.0 | 0.700 | 30.0 | 0.700 | 50.0 | 7.5 |" in table
+
+
+def test_an_interrupted_study_does_only_what_is_missing(tmp_path, monkeypatch):
+    scripts = Scripts()
+    monkeypatch.setattr(ablation, "call", scripts)
+    command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--variants", "111", "010"]
+    ablation.main(ablation.get_args(command))
+    file = tmp_path / "out" / "results.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(first + "\n")
+    ablation.main(ablation.get_args(command))
+    assert len(scripts.calls) == 3
+    assert file.read_text().splitlines() == [first, second]
 
 
 def test_a_run_with_other_options_is_refused(tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps(row("100", 0, 30.0) | {"options": ["--epochs", "9"]}))
     command = ["--out", str(tmp_path), "--variants", "100", "--voc", "VOCdevkit"]
-    with pytest.raises(ValueError, match="other options, .'--epochs', '9'.* give another --out"):
+    with pytest.raises(Mistake, match="other options, .'--epochs', '9'.* give another --out"):
         ablation.main(ablation.get_args(command))
     args = ablation.get_args(command)
-    (tmp_path / "results.jsonl").write_text(json.dumps(
-        row("100", 0, 30.0) | ablation.how(ablation.STUDIES["table4"]["100"], args)))
+    stored = row("100", 0, 30.0) | ablation.settings_of("100", args)
+    (tmp_path / "results.jsonl").write_text(json.dumps(stored))
     ablation.main(args)
-    with pytest.raises(ValueError, match="'--limit 80'.*, not .*'--size 240'.* give another --out"):
+    with pytest.raises(Mistake, match="'--limit 80'.*, not .*'--size 240'.* give another --out"):
         ablation.main(ablation.get_args([*command, "--zeroshot_options", "--size 240"]))
 
 
@@ -96,6 +233,14 @@ def test_the_exit_code_of_a_stopped_run_is_passed_on(monkeypatch):
         assert e.value.code == wanted
 
 
-def test_a_wrong_name_is_named():
-    with pytest.raises(ValueError, match="--variants 222: table4 has 111"):
-        ablation.get_args(["--out", "x", "--variants", "222"])
+def test_scripts_are_found_at_the_root(monkeypatch):
+    commands = []
+
+    def started(command):
+        commands.append(command)
+        return Mock(wait=lambda: 0)
+
+    monkeypatch.setattr(ablation.subprocess, "Popen", started)
+    ablation.call("pretrain.py", "--seed", 1)
+    _, script, *options = commands[0]
+    assert Path(script) == ROOT / "pretrain.py" and options == ["--seed", "1"]
