@@ -1,0 +1,425 @@
+"""What a click selects, and how well: the one prompt protocol of table, pretraining and layers (Table 1, 5).
+
+    features = network_features(vit, device)                   # or anything else: (B, 3, S, S) -> (B, N, D)
+    result = prompt_table(features, Coco("/data/coco"), Protocol(size=480), vit.patch_size)
+    result.summary()["best"]                                   # mean IoU in percent
+
+An image is stretched to a square.  The mask of a prompt is every token whose cosine to the prompt's token is
+at least t.  `Protocol` holds all choices; its defaults are the paper's, where the paper names one.
+zeroshot.py is the command line, and says which these are.
+
+Shapes: B images, N = h*w tokens, D width, K masks, Q prompts, n points of a prompt, T thresholds, H x W
+pixels; a stretched image has S x S pixels, g x g whole patches and G x G tokens, more than patches where the
+stride is below the patch size."""
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import generator_of, init_worker, next_batch
+from images import BadImage, Unreadable, normalize, resize, to_device
+from model import ViT
+from run import Mistake
+from scenes import Scenes, check_sides, majority, patch_cover
+
+THRESHOLDS = tuple(i / 10 for i in range(10))
+BINS = 200                                     # of the densities, over [-1, 1]
+Features = Callable[[Tensor], Tensor]          # (B, 3, S, S) uint8 -> (B, N, D) L2-normalised, on the CPU
+
+
+# ------------------------------------------------- tokens, similarity, mask
+@torch.no_grad()
+def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
+    """(B, 3, H, W) normalised pixels -> (B, N, D) float32 L2-normalised patch tokens of a block, by default
+    of the last, after the final norm."""
+    if block == -1:
+        tokens = vit(x)
+    else:
+        tokens = vit.intermediate(x, [block], norm=True)[0]
+    return F.normalize(tokens[:, vit.num_prefix_tokens:].float(), dim=-1)
+
+
+def network_features(vit: ViT, device: torch.device, block: int = -1) -> Features:
+    """The tokens of a network, for `prompt_table`."""
+    def features(images: Tensor) -> Tensor:
+        x = normalize(to_device(images, device))
+        return patch_features(vit, x, block).cpu()
+    return features
+
+
+def similarity_map(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
+    """Cosine of every token to the points of a prompt; several are joined by their max or mean.
+
+    z: (N, D) normalised.  points: (Q, n) token numbers.  Returns (Q, N)."""
+    cosines = z[points] @ z.T                                          # (Q, n, N)
+    if combine == "mean":
+        return cosines.mean(1)
+    return cosines.amax(1)
+
+
+def take_away(maps: Tensor, z: Tensor, background: Tensor) -> Tensor:
+    """What is more like one of the background points than like the prompt gets -1: no threshold takes it.
+
+    maps: (Q, N).  z: (N, D).  background: (Q, m) token numbers."""
+    beside = similarity_map(z, background)
+    return maps.masked_fill(beside > maps, -1.0)
+
+
+def auto_threshold(maps: Tensor, points: int = 1) -> Tensor:
+    """A threshold for each map, from its mean, the level of what is not meant, to its maximum, the prompt:
+    midway for one point, and nearer to the maximum the more points share the work.
+
+        t = mean + (1 - 1 / (2 * points)) * (max - mean)
+
+    maps: (..., N), before `take_away`.  Returns (..., 1)."""
+    low = maps.mean(-1, keepdim=True)
+    high = maps.amax(-1, keepdim=True)
+    return low + (1 - 0.5 / points) * (high - low)
+
+
+def segment(maps: Tensor, threshold: float | str = "auto", points: int = 1) -> Tensor:
+    """(..., N) similarities -> bool masks; 'auto' chooses a threshold for each map."""
+    if threshold == "auto":
+        threshold = auto_threshold(maps, points)
+    return maps >= threshold
+
+
+def to_pixels(maps: Tensor, grid: tuple[int, int], patch: int, stride: int, smooth: bool) -> Tensor:
+    """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
+    axes = []
+    for n in grid:
+        pixel = torch.arange((n - 1) * stride + patch, device=maps.device)
+        token = (pixel + 0.5 - patch / 2) / stride
+        axes.append(2 * token / max(n - 1, 1) - 1)                     # -1 and 1 are the outer centres
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
+    places = places.expand(len(maps), -1, -1, -1)
+    maps = maps.view(len(maps), 1, *grid)
+    mode = "bilinear" if smooth else "nearest"
+    return F.grid_sample(maps, places, mode, "border", align_corners=True)[:, 0]
+
+
+# ------------------------------------------------- where prompts are
+def draw_points(inside: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """(Q, N) bool -> (Q, n) random tokens of each mask, distinct while it has more; the first stay."""
+    luck = torch.rand(inside.shape, generator=generator)
+    order = (luck + inside).argsort(1, descending=True)
+    size = inside.sum(1, keepdim=True).clamp(1)
+    return order.gather(1, torch.arange(n)[None] % size)
+
+
+def centre_point(inside: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(Q, N) bool -> (Q,) the token deepest inside each mask."""
+    from scipy.ndimage import distance_transform_edt
+    deepest = []
+    for mask in inside:
+        padded = np.pad(mask.view(grid).numpy(), 1)                    # the image's border is an edge, too
+        depth = distance_transform_edt(padded)[1:-1, 1:-1]
+        deepest.append(int(depth.argmax()))
+    return torch.tensor(deepest)
+
+
+def on_tokens(patch: Tensor, g: int, G: int) -> Tensor:
+    """Numbers in a grid of g x g patches -> in the grid of G x G tokens with the same first and last."""
+    step = (G - 1) // max(g - 1, 1)
+    return patch // g * step * G + patch % g * step
+
+
+# ------------------------------------------------- scores
+def iou(mask: Tensor, truth: Tensor) -> Tensor:
+    """(Q, N), (Q, N) bool -> (Q,)."""
+    return (mask & truth).sum(1) / (mask | truth).sum(1)
+
+
+def pair_counts(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs i < j of an image's labelled tokens: histograms (2, BINS) of their cosines over [-1, 1], and
+    sums (2,); first of pairs with the same label (intra), then of others (inter).
+
+    z: (N, D).  labels: (N,), -1 = none."""
+    z = z[labels >= 0]
+    labels = labels[labels >= 0]
+    i, j = torch.triu_indices(len(z), len(z), 1)
+    cosine = (z @ z.T)[i, j]
+    differ = (labels[i] != labels[j]).long()
+    bins = ((cosine + 1) * BINS / 2).long().clamp(0, BINS - 1)
+    counts = torch.bincount(bins + BINS * differ, minlength=2 * BINS)
+    sums = torch.zeros(2, dtype=torch.float64)
+    sums.index_add_(0, differ, cosine.double())
+    return counts.view(2, BINS), sums
+
+
+def overlap(counts: Tensor) -> float:
+    """O = integral of min(p_intra, p_inter) of two histograms (2, BINS); nan where one of them is empty."""
+    p = counts.double() / counts.sum(1, keepdim=True)
+    return p.amin(0).sum().item()
+
+
+# ------------------------------------------------- a set of images
+@dataclass
+class Protocol:
+    """The choices of the protocol; the command line's options of these names say what they mean."""
+    size: int = 480
+    stride: int | None = None                                          # that of the patches
+    target: str = "class"
+    prompt: str = "random"
+    points: int = 1
+    background_points: int = 0
+    combine: str = "max"
+    min_patches: int = 3
+    truth: str = "patch"
+    upsample: bool = False
+    crowd: bool = False
+    seed: int = 0
+
+
+class Targets(NamedTuple):
+    """K masks of an image, all of one kind.  inside: (K, g*g) bool, the patches where prompts are drawn.
+    cover: (K, N), the share of each token that is covered.  truth: (K, N) bool, or (K, S*S) of pixels."""
+    categories: list[str]
+    inside: Tensor
+    cover: Tensor
+    truth: Tensor
+
+
+class Prepared(NamedTuple):
+    """An image, ready to be prompted.  targets: by kind, "class" and "instance".  empty: objects without a
+    pixel.  unreadable: why there is no image."""
+    name: str
+    image: Tensor | None = None
+    targets: dict[str, Targets] | None = None
+    empty: int = 0
+    unreadable: str = ""
+
+
+class PromptScenes(Dataset):
+    """Scenes, brought to the grids of the protocol in the loader's processes."""
+
+    def __init__(self, scenes: Scenes, protocol: Protocol, patch_size: int):
+        self.scenes = scenes
+        self.pixel_truth = protocol.truth == "pixel"
+        self.size = protocol.size
+        self.patch = patch_size
+        self.stride = protocol.stride or patch_size
+        self.g = self.size // self.patch
+        self.G = (self.size - self.patch) // self.stride + 1
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, i: int) -> Prepared:
+        """One mask at a time, as a large photo may have hundreds of objects."""
+        name = self.scenes.name(i)
+        empty = 0
+        instances = []
+        classes = []
+        try:
+            image = self.scenes.read(i)
+            for category, mask in self.scenes.objects(i):
+                check_sides(name, image.shape[1:], mask.shape)
+                if mask.any():
+                    instances.append((category, *self.on_grids(mask)))
+                else:
+                    empty += 1
+            for category, mask in self.scenes.classes(i).items():
+                classes.append((category, *self.on_grids(mask)))
+        except BadImage as e:
+            return Prepared(name, unreadable=str(e))
+        if not instances:
+            return Prepared(name, empty=empty)
+        targets = {"class": stacked(classes), "instance": stacked(instances)}
+        return Prepared(name, resize(image, (self.size, self.size)), targets, empty)
+
+    def on_grids(self, mask: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(H, W) bool -> inside, cover and truth, as in `Targets`."""
+        mask = torch.from_numpy(mask)
+        patches = patch_cover(mask, self.g, self.g)
+        cover = patches
+        if self.G > self.g:
+            cover = patch_cover(mask, self.G, self.G, self.patch / self.stride)
+        truth = majority(cover)
+        if self.pixel_truth:
+            size = (self.size, self.size)
+            pixels = F.interpolate(mask[None, None].byte(), size, mode="nearest-exact")
+            truth = pixels.flatten() > 0
+        return majority(patches), cover, truth
+
+
+def stacked(masks: list[tuple]) -> Targets:
+    categories, inside, cover, truth = zip(*masks, strict=True)
+    return Targets(list(categories), torch.stack(inside), torch.stack(cover), torch.stack(truth))
+
+
+class Row(NamedTuple):
+    """One prompt.  iou: at each threshold, with the automatic one, and of the mask that takes everything."""
+    target: str
+    image: str
+    category: str
+    iou: dict[str, float]
+
+
+@dataclass
+class Result:
+    """The prompts and the pairs of a set of images.  total: all its images; images: those with an object.
+    left_out: what is no target, by the reason.  counts, sums: as of `pair_counts`."""
+    protocol: Protocol
+    title: str
+    total: int
+    left_out: Counter
+    unreadable: Unreadable
+    rows: list[Row] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.long))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, scene: Prepared, z: Tensor, grid: PromptScenes) -> None:
+        """One more image, with its tokens z (N, D)."""
+        self.images += 1
+        cover = scene.targets["class"].cover
+        labels = torch.where(majority(cover.amax(0)), cover.argmax(0), -1)
+        counts, sums = pair_counts(z, labels)
+        self.counts += counts
+        self.sums += sums
+        for kind, targets in scene.targets.items():
+            large = targets.inside.sum(1) >= self.protocol.min_patches
+            self.skipped[kind] += int((~large).sum())
+            if not large.any():
+                continue
+            generator = generator_of(self.protocol.seed, kind, scene.name)
+            found = self.prompt(targets.inside[large], targets.truth[large], z, grid, generator)
+            kept = large.nonzero()[:, 0].tolist()
+            for i, scores in zip(kept, found, strict=True):
+                self.rows.append(Row(kind, scene.name, targets.categories[i], scores))
+
+    def prompt(self, inside: Tensor, truth: Tensor, z: Tensor, grid: PromptScenes,
+               generator: torch.Generator) -> list[dict[str, float]]:
+        """Row.iou of each of Q targets.
+
+        Prompts are drawn on the grid of whole patches, seeded by the image's name, so that they stay the
+        same at any stride, limit and batch size."""
+        choice = self.protocol
+        points = draw_points(inside, choice.points, generator)
+        if choice.prompt == "center":
+            points[:, 0] = centre_point(inside, (grid.g, grid.g))
+        maps = similarity_map(z, on_tokens(points, grid.g, grid.G), choice.combine)           # (Q, N)
+        auto = auto_threshold(maps, choice.points)
+        if choice.background_points and not inside.all(1).any():
+            background = draw_points(~inside, choice.background_points, generator)
+            maps = take_away(maps, z, on_tokens(background, grid.g, grid.G))
+        if choice.truth == "pixel":
+            maps = to_pixels(maps, (grid.G, grid.G), grid.patch, grid.stride, choice.upsample)
+            maps = maps.flatten(1)
+        scores = {f"{t:.1f}": iou(maps >= t, truth) for t in THRESHOLDS}
+        scores["auto"] = iou(maps >= auto, truth)
+        scores["everything"] = truth.float().mean(1)
+        table = torch.stack(list(scores.values()), 1)                  # (Q, T + 2)
+        return [dict(zip(scores, row, strict=True)) for row in table.tolist()]
+
+    def summary(self) -> dict:
+        """Four means in percent, each {threshold: mean IoU}, where there are such targets.  The first is the
+        default definition; its best value, the automatic one, and that of everything stand beside it.  Then
+        overlap, intra and inter, None without pairs, and counts.  Raises Mistake without any target."""
+        asked = [row for row in self.rows if row.target == self.protocol.target]
+        instances = [row for row in self.rows if row.target == "instance"]
+        if not asked:
+            raise Mistake(f"{self.title}: no {self.protocol.target} of {self.protocol.min_patches} or more "
+                          f"patches in {self.total} images")
+        means = {
+            "miou": mean_iou(asked, "image"),
+            "miou_pairs": mean_iou(asked),
+            "miou_category": mean_iou(asked, "category"),
+        }
+        if instances:
+            means["miou_instance"] = mean_iou(instances)
+        for name, mean in means.items():
+            means[name] = {k: round(v, 3) for k, v in mean.items()}
+        auto = {name: mean.pop("auto") for name, mean in means.items()}
+        everything = {name: mean.pop("everything") for name, mean in means.items()}
+        best = max(means["miou"], key=means["miou"].get)
+        intra, inter = (self.sums / self.counts.sum(1)).tolist()
+        return {
+            **means,
+            "best_threshold": float(best),
+            "best": means["miou"][best],
+            "auto": auto["miou"],
+            "auto_others": auto,
+            "everything": everything["miou"],
+            "everything_others": everything,
+            "overlap": rounded(overlap(self.counts)),
+            "intra": rounded(intra),
+            "inter": rounded(inter),
+            "n_categories": len({row.category for row in asked}),
+            "n_prompts": len(asked),
+            "n_skipped": self.skipped[self.protocol.target],
+            "n_images": self.images,
+            "left_out": dict(self.left_out),
+            **self.unreadable.for_json(),
+            "images_per_s": round(self.images / self.seconds, 3),
+        }
+
+
+def rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+def mean_iou(rows: list[Row], by: str = "") -> dict[str, float]:
+    """Rows -> the names of Row.iou, in percent: the mean within groups of equal "image" or "category", then
+    over the groups; without `by` over all rows."""
+    values = np.array([list(row.iou.values()) for row in rows])        # (rows, T + 2)
+    keys = np.array([getattr(row, by) if by else "" for row in rows])
+    groups = [values[keys == key].mean(0) for key in np.unique(keys)]
+    percent = 100 * np.mean(groups, axis=0)
+    return dict(zip(rows[0].iou, percent.tolist(), strict=True))
+
+
+def prompt_table(features: Features, scenes: Scenes, protocol: Protocol, patch_size: int,
+                 batch_size: int = 8, **options) -> Result:
+    """Prompt every object and category of all images.  Options: those of `prompt_tables`."""
+    return prompt_tables(lambda images: [features(images)], scenes, protocol, patch_size, batch_size,
+                         **options)[0]
+
+
+def prompt_tables(features: Callable[[Tensor], list[Tensor]], scenes: Scenes, protocol: Protocol,
+                  patch_size: int, batch_size: int = 8, num_workers: int = 0,
+                  max_bad: float = 0.01) -> list[Result]:
+    """`prompt_table` for several kinds of tokens in one pass, such as those of each block: `features`
+    returns a list of them.  batch_size and num_workers do not change the result.
+
+    Raises Mistake for broken annotations, and for more unreadable images than the share max_bad."""
+    grid = PromptScenes(scenes, protocol, patch_size)
+    loader = iter(DataLoader(grid, None, num_workers=num_workers, worker_init_fn=init_worker))
+    unreadable = Unreadable(len(scenes), max_bad)
+    left_out = Counter(scenes.left_out)
+    results = []
+    batch = []
+    start = time.perf_counter()
+    for i in tqdm(range(len(scenes)), scenes.title, unit="image", leave=False, disable=None):
+        scene = next_batch(loader)
+        if scene.unreadable:
+            unreadable.note(scene.unreadable)
+        if scene.empty:
+            left_out["objects of zero area"] += scene.empty
+        if scene.image is not None:
+            batch.append(scene)
+        if len(batch) == batch_size or (batch and i == len(scenes) - 1):
+            tokens = features(torch.stack([scene.image for scene in batch]))
+            for k in range(len(tokens)):
+                if k == len(results):
+                    results.append(Result(protocol, scenes.title, len(scenes), left_out, unreadable))
+                for scene, z in zip(batch, tokens[k], strict=True):
+                    results[k].add(scene, z, grid)
+            batch = []
+    results = results or [Result(protocol, scenes.title, len(scenes), left_out, unreadable)]
+    for result in results:
+        result.seconds = time.perf_counter() - start
+    return results
