@@ -1,0 +1,321 @@
+"""Videos with object masks, DAVIS-2017's or your own: find, read, and score by J&F.
+
+J is how well masks overlap, F how well their contours meet, as in the official evaluation.  Departs from the
+official code: decay is right beyond 255 frames (there an index overflows), and object numbers may have gaps.
+What is not there, or is no mask of object numbers, is a Mistake.
+
+Shapes: H x W pixels, T scored frames."""
+import argparse
+import csv
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data import walk
+from figure import voc_palette
+from images import BadImage, Unreadable, read_image, read_numbers
+from run import Mistake, writing
+
+NAMES = ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay"]
+MAX_OBJECT = 64                                # larger numbers in a mask are shades of grey
+LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif"}
+
+
+def quantity(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def few(names: list) -> str:
+    """Up to eight names for a message, and how many there are."""
+    shown = ", ".join(map(str, names[:8]))
+    return shown if len(names) <= 8 else f"{shown}, ... ({len(names)})"
+
+
+@dataclass
+class Clip:
+    """A video: its frames, the masks of the annotated ones, and the first of these, (H, W) uint8."""
+    name: str
+    frames: list[Path]
+    masks: list[Path]
+    first: np.ndarray
+
+    def about(self) -> str:
+        return f"{quantity(len(self.frames), 'frame')}, {quantity(self.objects(), 'object')}"
+
+    def objects(self) -> int:
+        return len(object_numbers(self.first))
+
+
+def described(where: str, clips: list[Clip], left_out: Counter) -> str:
+    """The source's line: what there is, and what is left out by suffix."""
+    frames = sum(len(clip.frames) for clip in clips)
+    objects = sum(clip.objects() for clip in clips)
+    parts = [quantity(len(clips), "sequence"), quantity(frames, "frame"), quantity(objects, "object")]
+    left = ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()))
+    return f"{where}: {', '.join(parts)}; left out: {left or 'nothing'}"
+
+
+def images_in(folder: Path, left_out: Counter) -> list[Path]:
+    """The images of a folder in the order of the numbers in their names: 2.jpg before 10.jpg."""
+    def order(path):
+        parts = re.split(r"(\d+)", path.stem)                          # text, number, text, ..., text
+        parts[1::2] = map(int, parts[1::2])
+        return parts, path.name
+    paths = map(Path, walk(folder, left_out, only=set()))
+    return sorted(paths, key=order)
+
+
+def find_clips(args: argparse.Namespace, left_out: Counter) -> list[Clip]:
+    """The videos that the options name; files that are no images are counted.  Raises Mistake."""
+    if args.video:
+        folder = Path(args.video).resolve()
+        mask = Path(args.first_mask).resolve()
+        if folder.is_file():
+            raise Mistake(f"{folder} is a file; make a folder: ffmpeg -i {folder.name} frames/%05d.jpg")
+        frames = [path for path in images_in(folder, left_out) if path.resolve() != mask]
+        return [open_clip(folder, frames, [mask])]
+
+    root = Path(args.davis)
+    clips = []
+    for name in sequences(root / f"ImageSets/2017/{args.split}.txt", args.sequences):
+        frame_folder = root / "JPEGImages/480p" / name
+        mask_folder = root / "Annotations/480p" / name
+        masks = images_in(mask_folder, left_out)
+        if not masks:
+            raise Mistake(f"{mask_folder}: no mask there, but {args.split}.txt lists it")
+        frames = masks                                                 # enough to score what others made
+        if args.ckpt or args.overlay:
+            frames = images_in(frame_folder, left_out)
+        clip = open_clip(frame_folder, frames, masks)
+        if frames[0].stem != masks[0].stem:
+            raise Mistake(f"{frames[0]}: the first frame has no mask, only {masks[0].name}")
+        clips.append(clip)
+    return clips
+
+
+def sequences(listing: Path, chosen: list[str] | None) -> list[str]:
+    """The names in a list of ImageSets, or those of them that are chosen.  Raises Mistake."""
+    try:
+        names = listing.read_text(encoding="utf-8-sig", errors="surrogateescape").split()
+    except OSError as e:
+        raise Mistake(f"{listing}: no such list; --davis holds JPEGImages, Annotations and ImageSets") from e
+    unknown = sorted(set(chosen or []) - set(names))
+    if unknown or not names:
+        raise Mistake(f"{listing}: does not list {few(unknown) or 'any sequence'}")
+    return list(dict.fromkeys(chosen or names))
+
+
+def open_clip(folder: Path, frames: list[Path], masks: list[Path]) -> Clip:
+    """A clip with its first mask.  Raises Mistake for no frame, two of one name, and no object."""
+    if not frames:
+        raise Mistake(f"{folder}: no images there")
+    if len({path.stem for path in frames}) < len(frames):
+        raise Mistake(f"{folder}: two images of one name, such as 1.jpg and 1.png; keep one of them")
+    first = read_mask(masks[0])
+    if not first.any():
+        raise Mistake(f"{masks[0]}: 0 objects; expected 0 for the background, other numbers for the objects")
+    return Clip(folder.name, frames, masks, first)
+
+
+def read_frames(clip: Clip, unreadable: Unreadable) -> Iterator[Tensor]:
+    """The frames, one at a time, with a progress bar.  One that cannot be read is noted, and the frame before
+    it comes again.  Raises Mistake where there is none before, and for another size than the first mask's."""
+    frame = None
+    for path in tqdm(clip.frames, desc=clip.name, unit="frame", leave=False, disable=None):
+        try:
+            frame = read_image(path, upright=False)
+        except BadImage:
+            if frame is None:
+                raise
+            unreadable.note(path)
+        size = tuple(frame.shape[1:])
+        if size != clip.first.shape:
+            raise Mistake(f"{path}: height and width {size}, {clip.masks[0]} has {clip.first.shape}")
+        yield frame
+
+
+def read_mask(path: Path, binary: bool | None = None) -> np.ndarray:
+    """A mask of object numbers -> (H, W) uint8.
+
+    255 is object 1 if `binary`, else void, which is 0; by default it is object 1 if there is no other.
+    Raises BadImage for values that are no object numbers: shades of grey of soft edges or of a JPEG."""
+    mask = read_numbers(path)
+    strange = ((mask < 0) | (mask > MAX_OBJECT)) & (mask != 255)
+    blurred = path.suffix.lower() in LOSSY and len(np.unique(mask)) > 2
+    if strange.any() or blurred:
+        found = np.unique(mask).tolist()
+        raise BadImage(f"{path}: has {len(found)} different values, {few(found)}; expected 0 for the "
+                       f"background and 1 to {MAX_OBJECT} for objects, or 0 and 255 for one: save it as PNG, "
+                       "without soft edges")
+    if binary is None:
+        binary = not ((mask > 0) & (mask < 255)).any()
+    return np.where(mask == 255, int(binary), mask).astype(np.uint8)
+
+
+def object_numbers(mask: np.ndarray) -> list[int]:
+    """The numbers in a mask (H, W) uint8, without the background's."""
+    counts = np.bincount(mask.ravel())
+    counts[0] = 0
+    return np.flatnonzero(counts).tolist()
+
+
+def write_overlay(clip: Clip, folder: Path, out: Path) -> None:
+    """Frames with coloured masks in out/NAME/FRAME.jpg, and out/NAME.webp, an animation of 150 at most."""
+    colours = np.array(voc_palette()).reshape(-1, 3)
+    step = math.ceil(len(clip.frames) / 150)
+    shown = []
+    with writing(out):
+        (out / clip.name).mkdir(parents=True, exist_ok=True)
+        frames = read_frames(clip, Unreadable(len(clip.frames), max_bad=1))
+        for i, frame in enumerate(frames):
+            name = clip.frames[i].stem
+            mask = read_mask(folder / f"{name}.png")
+            photo = frame.permute(1, 2, 0).numpy()
+            painted = photo * 0.5 + colours[mask] * 0.8
+            picture = np.where(mask[..., None], painted.clip(0, 255), photo)
+            picture[boundary(mask)] = 255
+            image = Image.fromarray(picture.astype(np.uint8))
+            image.save(out / clip.name / f"{name}.jpg", quality=90)
+            if i % step == 0:
+                image.thumbnail((480, 480))
+                shown.append(image)
+        animation = out / f"{clip.name}.webp"
+        shown[0].save(animation, save_all=True, append_images=shown[1:], duration=42 * step, loop=0)
+
+
+# ------------------------------------------------- two masks
+def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+    """J: intersection over union of two (H, W) bool masks; 1 if both are empty."""
+    union = np.count_nonzero(mask | truth)
+    if not union:
+        return 1.0
+    return np.count_nonzero(mask & truth) / union
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """Contours of (H, W) bools or numbers: where the right, lower or lower right neighbour differs."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    right = mask != padded[:-1, 1:]
+    lower = mask != padded[1:, :-1]
+    return right | lower | (mask != padded[1:, 1:])
+
+
+def boundary_f(mask: np.ndarray, truth: np.ndarray) -> float:
+    """F of two (H, W) bool masks: harmonic mean of the shares of each contour within ceil(0.008 * diagonal)
+    pixels of the other; 1 if neither has a contour, 0 if one has none."""
+    radius = math.ceil(0.008 * math.hypot(*mask.shape))                # 8 at 854x480
+    ours = np.argwhere(boundary(mask))
+    theirs = np.argwhere(boundary(truth))
+    if not len(ours) or not len(theirs):
+        return float(len(ours) == len(theirs))
+    precision = share_near(ours, theirs, radius)
+    recall = share_near(theirs, ours, radius)
+    if precision + recall == 0:
+        return 0.0
+    return 2 * precision * recall / (precision + recall)
+
+
+def share_near(points, others, radius):
+    """Share of `points` within `radius` of any of `others`, both (n, 2).  A search tree gives the same as
+    dilation by a disk, sooner."""
+    from scipy.spatial import cKDTree
+    tree = cKDTree(others)
+    distance, _ = tree.query(points, distance_upper_bound=radius + 1)
+    return (distance <= radius).mean()
+
+
+# ------------------------------------------------- one object of a video
+def statistics(values: np.ndarray) -> tuple[float, float, float]:
+    """Of (T,) frames: mean; recall = share above 0.5; decay = mean of the first quarter minus the last's.
+    Neighbouring quarters share a frame, as in the official code."""
+    edges = np.linspace(1, len(values), 5) + 1e-10
+    edges = np.round(edges).astype(int) - 1
+    first_quarter = values[:edges[1] + 1]
+    last_quarter = values[edges[3]:]
+    recall = (values > 0.5).mean()
+    return values.mean(), recall, first_quarter.mean() - last_quarter.mean()
+
+
+def summary(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
+    """The seven official numbers of an object, as fractions, from its (T,) J and F."""
+    overlap = statistics(j)
+    contour = statistics(f)
+    mean = (overlap[0] + contour[0]) / 2
+    numbers = [mean, *overlap, *contour]
+    return {name: float(number) for name, number in zip(NAMES, numbers, strict=True)}
+
+
+def mean_of(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each of the seven numbers."""
+    rows = list(rows)
+    return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
+
+
+# ------------------------------------------------- all objects of a video
+def score(name: str, truth: list[Path], folder: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Score the PNGs in `folder` against all annotations of a sequence but for the first and the last.
+
+    Returns ({"judo_1": the seven numbers, ...}, notes on the frames and objects that are left out).  The
+    objects are those of the first annotation.  Raises Mistake for missing frames and for other sizes."""
+    binary = not read_mask(truth[0], binary=False).any()               # DAVIS-2016: 0 and 255
+    objects = object_numbers(read_mask(truth[0], binary))
+    scored = truth[1:-1]
+    missing = [p.name for p in scored if not (folder / p.name).is_file()]
+    if missing:
+        raise Mistake(f"{folder}: {len(missing)} of {len(scored)} frames are missing: {few(missing)}")
+
+    j = np.zeros((len(objects), len(scored)))
+    f = np.zeros((len(objects), len(scored)))
+    predicted = set()
+    for t, path in enumerate(scored):
+        true = read_mask(path, binary)
+        mask = read_mask(folder / path.name)
+        if true.shape != mask.shape:
+            raise Mistake(f"{folder / path.name}: height and width {mask.shape}, its truth {true.shape}")
+        predicted.update(object_numbers(mask))
+        for i, number in enumerate(objects):
+            j[i, t] = jaccard(mask == number, true == number)
+            f[i, t] = boundary_f(mask == number, true == number)
+
+    results = {}
+    for i, number in enumerate(objects):
+        results[f"{name}_{number}"] = summary(j[i], f[i])
+    frames = {p.stem for p in folder.glob("[!.]*.png")}
+    left_out = {
+        "frames without annotation, not scored": frames - {p.stem for p in truth},
+        "objects in no predicted frame, scored as empty": set(objects) - predicted,
+        "objects that the first annotation does not have, ignored": predicted - set(objects),
+    }
+    notes = [f"{name}: {what}: {few(sorted(found))}" for what, found in left_out.items() if found]
+    return results, notes
+
+
+def objects_of(results: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """{sequence: {object: numbers}} -> {object: numbers}."""
+    objects = {}
+    for rows in results.values():
+        objects |= rows
+    return objects
+
+
+def write_tables(out: Path, split: str, results: dict[str, dict]) -> None:
+    """The official tables, as fractions.  results: {sequence: {object: the seven numbers}}."""
+    objects = objects_of(results)
+    tables = {"global": {split: mean_of(objects.values())}, "per-object": objects, "per-sequence": {}}
+    for name, rows in results.items():
+        tables["per-sequence"][name] = mean_of(rows.values())
+    for kind, rows in tables.items():
+        path = out / f"{kind}_results-{split}.csv"
+        with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(["Name", *NAMES])
+            for name, row in rows.items():
+                table.writerow([name, *(f"{row[key]:.5f}" for key in NAMES)])
