@@ -1,40 +1,39 @@
-"""Checkpoint files: atomic save, load without running a pickle, and the backbone of anybody's ViT.
-
-`load_backbone(path)` reads our files and those of DINO, iBOT, MAE, MSN, MoCo-v3, SiT / MC-SSL, DINOv2, timm,
-DeiT, solo-learn and lightly.  It probes by keys, never by file name, reads the architecture off the shapes
-and is strict: a backbone weight that is missing, unknown or of another shape is an error, so random weights
-are never evaluated.
+"""Checkpoint files: atomic save, load without running a pickle, the backbone of anybody's ViT, and export.
 
     vit, report = load_backbone("dino_deitsmall16_pretrain.pth")      # report: one line to print
-    vit, report = load_backbone("random:vit_b")     # the untrained row of a table; random:vit_s/14 too
-"""
+    vit, report = load_backbone("random:vit_b/16")                    # the untrained row of a table
+    python checkpoint.py FILE                                         # prints the report
+    python checkpoint.py FILE --to out.safetensors                    # or out.pth, out.pt2, out.onnx
+
+formats.py knows how the files of other methods look."""
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
+import pathlib
 import re
-import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distributed import everywhere, is_main, world_size
-from model import ViT, vit
+import formats
+import run
+from distributed import is_main, say
+from model import ALIASES, ARCHS, ViT, vit
+from run import Mistake
 
-TEACHERS = ("teacher", "target_encoder", "momentum", "ema")       # preferred, in this order, over the rest
-RENAMES = [(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),                      # DINOv2's chunked blocks
-           (r"^register_tokens$", "reg_token"), (r"^fc_norm\.", "norm.")]  # DINOv2; MAE after fine-tuning
-# what a backbone is made of
-OURS = re.compile(r"^(blocks|patch_embed|norm)\.|^(cls_token|pos_embed|reg_token)$")
+EXPORTS = (".pth", ".safetensors", ".pt2", ".onnx")
 
 
+# ------------------------------------------------- files
 def save(path: str | os.PathLike, content: dict) -> None:
     """torch.save that cannot leave half a file: written beside the target, flushed to disk, renamed over it.
-    Rank 0 writes, the others return.  Raises ValueError (disk full, no permission); the old file stays."""
+    Rank 0 writes, the others return.  Raises Mistake for a full disk or a folder without permission."""
     if not is_main():
         return
     path = Path(path)
@@ -45,105 +44,177 @@ def save(path: str | os.PathLike, content: dict) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):                    # some network file systems cannot sync a folder
-            os.fsync(folder)
-        os.close(folder)
-    except BaseException as e:
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__         # torch's writer hides the disk's error
+        if not isinstance(cause, OSError):
+            raise
+        raise Mistake(f"{path}: cannot be written ({cause.strerror or cause}); what was there is as it was. "
+                      "Make room, then start the same command again") from e
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(e, (OSError, RuntimeError)):                    # torch's zip writer raises RuntimeError
-            why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-            raise ValueError(f"{path}: cannot be written ({why}); the file that was there is as it was. Make "
-                             "room, then start the same command again") from e
-        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder outlive a power cut, where the system can; Windows cannot."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def load(path: str | os.PathLike) -> dict:
-    """What a .pth (or .safetensors) file holds, on the CPU; only tensors, containers and argparse.Namespace
-    are allowed. Raises ValueError, in one line, for a file that is missing, damaged, or that wants to run
-    anything else."""
+    """What a file of torch.save or safetensors holds, on the CPU.  Only tensors, containers, numbers, paths
+    and argparse.Namespace are allowed.  Raises Mistake for a file that is missing, damaged, or that wants to
+    run anything else."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
     try:
-        if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError as e:
-                raise ValueError(f"{path}: pip install safetensors, to read this format") from e
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except ValueError:
-        raise
-    except Exception as e:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = (f"it asks for {wanted[1]}, which is refused" if wanted
-               else f"{type(e).__name__}: {''.join(str(e).splitlines()[:1])[:150]}")
-        raise ValueError(f"{path}: not a checkpoint of tensors ({why})") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
-    return content
-
-
-def open_run(args: argparse.Namespace, harmless: set[str]) -> dict | None:
-    """Claim args.output_dir for this run; returns the content of its last.pth to go on from, or None for a
-    new run.
-
-    A folder whose run had other options is refused, with their names, unless they are all `harmless` or
-    args.force; one that began with other weights (args.weights, a `digest`) always. Writes run.json:
-    options, number of ranks, versions, commit.  Raises ValueError."""
-    out, last = Path(args.output_dir), Path(args.output_dir) / "last.pth"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--output_dir {out}: is a file, expected a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            raise Mistake(f"{path}: no such checkpoint file{folder_hint(path)}")
+        file = open(path, "rb")
+        start = file.read(9)
+        file.seek(0)
     except OSError as e:
-        raise ValueError(f"--output_dir {out}: cannot be made ({e.strerror})") from e
-    options = json.loads(json.dumps(vars(args) | {"world_size": world_size()}))
-    content = load(last) if last.exists() else None
-    steps = everywhere(content and content.get("step"))
-    if len(set(steps)) > 1:
-        raise ValueError(f"{last}: the ranks find steps {steps} in it: --output_dir must be one folder that "
-                         "all machines share")
-    if content is not None:
-        if "options" not in content:
-            raise ValueError(f"{last}: not written by this script; give another --output_dir")
-        if content["options"].get("weights") != options.get("weights"):
-            raise ValueError(f"{out} holds a run that began with other weights than {args.ckpt} has now; "
-                             "give another --output_dir")
-        changed = [f"--{k} {content['options'].get(k)} -> {v}" for k, v in options.items()
-                   if k not in harmless and content["options"].get(k) != v]
-        if changed and not args.force:
-            raise ValueError(f"{out} holds a run with other options: {', '.join(changed)}; "
-                             "give another --output_dir, or --force to go on with the new ones")
-    if is_main():
-        run = {"command": sys.argv, "options": options, "torch": torch.__version__,
-               "python": sys.version.split()[0], "commit": commit()}
+        raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
+    with file, torch.serialization.safe_globals(allowed_globals()):
+        if start[8:] == b"{":                          # safetensors: its header, after 8 bytes of length
+            return load_safetensors(path)
         try:
-            for left in out.glob(".*.pth.*[0-9]"):                     # by a kill in the middle of a save
-                left.unlink()
-            (out / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-        except OSError as e:
-            raise ValueError(f"--output_dir {out}: cannot be written ({e.strerror})") from e
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as e:                         # a damaged file can raise almost any kind
+            raise Mistake(f"{path}: not a checkpoint of tensors ({why_refused(str(e) or repr(e))})") from e
+    if not isinstance(content, dict):
+        raise Mistake(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
 
 
-def commit() -> str | None:
-    """That of this code, where it is a clone and git is installed."""
-    with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True)
-        return found.stdout.strip() or None
-    return None
+def folder_hint(path: Path) -> str:
+    if not path.is_dir():
+        return ""
+    names = sorted(p.name for p in path.iterdir())
+    if any(n.endswith(".distcp") for n in names):
+        return (", but a folder of shards: join them with "
+                f"'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} joined.pth'")
+    if any(re.search(r"-\d+-of-\d+|\.index\.json$", n) for n in names):
+        return ", but a folder of shards: load the model where it is from and save it in one file"
+    files = [n for n in names if n.endswith((".pth", ".pt", ".bin", ".safetensors"))]
+    return f", but a folder: give a file{f', such as {path / files[0]}' if files else ''}"
 
 
-def digest(state: dict[str, Tensor]) -> str:
+def allowed_globals() -> list:
+    """What a pickle may ask for besides torch's own: options, paths (they become pure ones, also those of
+    another system), numpy's numbers and arrays."""
+    allowed = [argparse.Namespace, bytes, np.ndarray, np.dtype]
+    allowed += {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdSU"}
+    for maker in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):
+        allowed += [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for core in ("core", "_core")]
+    for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+        allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")]
+    return allowed
+
+
+def why_refused(message: str) -> str:
+    """One short line of torch's message."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", message)
+    if wanted:
+        return (f"it asks for {wanted[1]}, which is refused; if you trust the file, keep only its weights: "
+                "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')")
+    reason = re.search(r"WeightsUnpickler error:\s*(.*)", message)
+    return (reason[1] if reason else message.strip().splitlines()[0])[:150]
+
+
+def load_safetensors(path: Path) -> dict:
+    """The tensors, and under "arch" the ViT's arguments where our export has left them in the header."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise Mistake(f"{path}: to read this format: pip install safetensors") from e
+    try:
+        with safe_open(path, "pt") as f:
+            content = {key: f.get_tensor(key) for key in f.keys()}
+            about = f.metadata() or {}
+    except SafetensorError as e:
+        raise Mistake(f"{path}: not a checkpoint of tensors ({e})") from e
+    with contextlib.suppress(ValueError):              # somebody else's "arch" is not JSON
+        content["arch"] = json.loads(about.get("arch", ""))
+    return content
+
+
+# ------------------------------------------------- the backbone in a file
+def restore(path: str | os.PathLike, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+    """Load (module, state dict) pairs from a training run's file `path`, after all of them were compared.
+
+    Raises Mistake naming a tensor that is missing, unknown, or of another shape, before anything is changed."""
+    for module, state in parts:
+        expected = module.state_dict()
+        for name in expected.keys() | state.keys():
+            here = tuple(expected[name].shape) if name in expected else "nothing"
+            there = tuple(state[name].shape) if name in state else "nothing"
+            if here != there:
+                raise Mistake(f"{path}: holds {there} for {name}, this run has {here}: a run of other sizes; give "
+                              "another --output_dir")
+    for module, state in parts:
+        module.load_state_dict(state)
+
+
+def open_backbone(args, ckpt: str, device: torch.device) -> ViT:
+    """`load_backbone` for a script, with --checkpoint_key, --num_heads and --precision where it has them;
+    prints the report."""
+    options = vars(args)
+    model, report = load_backbone(ckpt, options.get("checkpoint_key"), options.get("num_heads"))
+    model.bf16 = options.get("precision") == "bf16"
+    say(report)
+    return model.to(device)
+
+
+def load_backbone(path: str, checkpoint_key: str | None = None,
+                  num_heads: int | None = None) -> tuple[ViT, str]:
+    """The encoder in a checkpoint file of any method, in eval mode, without gradients, in float32.
+
+    path: a file, or 'random:ARCH' or 'random:ARCH/PATCH' for seeded random weights.  checkpoint_key: take the
+    weights whose place in the file has this name (such as student), and not the teacher's.  num_heads: for a
+    file that does not tell.  Returns (vit, one line: source, which weights, matched and dropped keys, heads).
+    Raises Mistake that names what is wrong."""
+    if str(path).startswith("random:"):
+        return random_backbone(str(path))
+    return read_backbone(path, load(path), checkpoint_key, num_heads)
+
+
+def read_backbone(path: str, content: dict, checkpoint_key: str | None,
+                  num_heads: int | None) -> tuple[ViT, str]:
+    """`load_backbone` for the content of a file that is loaded already."""
+    try:
+        model, report = formats.build(content, checkpoint_key, num_heads)
+    except Mistake as e:
+        raise Mistake(f"{path}: {e}") from e
+    return model, f"{path}: {report}"
+
+
+def random_backbone(path: str) -> tuple[ViT, str]:
+    """An untrained ViT, the same each time, for 'random:ARCH/PATCH'."""
+    arch, _, patch = path.removeprefix("random:").partition("/")
+    patch = patch or "16"
+    known = [*ARCHS, *ALIASES]
+    if arch not in known or not re.fullmatch("[1-9][0-9]{0,2}", patch) or 224 % int(patch):
+        raise Mistake(f"{path}: expected random:ARCH or random:ARCH/PATCH, with ARCH one of "
+                      f"{', '.join(known)} and a PATCH that divides 224")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = vit(arch, patch_size=int(patch)).eval().requires_grad_(False)
+    return model, f"{path}: RANDOM weights, seed 0 (the untrained row of a table)"
+
+
+def digest(weights: nn.Module | dict[str, Tensor]) -> str:
     """16 hex digits that change with any weight."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     h = hashlib.blake2b(digest_size=8)
-    for v in state.values():
-        h.update(v.cpu().contiguous().float().numpy())
+    for value in state.values():
+        h.update(value.cpu().contiguous().float().numpy())
     return h.hexdigest()
 
 
@@ -155,170 +226,60 @@ def short_name(path: str) -> str:
     return f"{folder}/{stem}" if stem in ("backbone", "last", "checkpoint") else stem
 
 
-def load_backbone(path: str, checkpoint_key: str | None = None,
-                  num_heads: int | None = None) -> tuple[ViT, str]:
-    """The encoder in a checkpoint file of any method, in eval mode, without gradients, in float32.
+# ------------------------------------------------- export
+def export(model: ViT, path: str, step: int) -> None:
+    """Write a backbone in the format that the name ends in.
 
-    path: a file, or 'random:ARCH' / 'random:ARCH/PATCH' for seeded random weights.  checkpoint_key: take the
-    weights whose container or prefix has this name (e.g. student) and not the teacher's.  num_heads: the one
-    thing that shapes do not tell; by default what the method's models of this width have. Returns (vit, one
-    line: source, which weights, matched and dropped keys).  Raises ValueError naming what is wrong."""
-    if str(path).startswith("random:"):
-        arch, _, patch = str(path)[7:].partition("/")
-        if patch and not (patch.isdecimal() and int(patch)):
-            raise ValueError(f"{path}: expected random:ARCH or random:ARCH/PATCH, such as random:vit_s/16")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = vit(arch, patch_size=int(patch or 16))
-        return (model.eval().requires_grad_(False),
-                f"{path}: RANDOM weights, seed 0 (the untrained row of a table)")
-    content = load(path)
-    name, prefix, state = find_weights(path, content, checkpoint_key)
-    source = guess_source(content, name, prefix)
-    config = content.get("arch") if isinstance(content.get("arch"), dict) else None
-    state, dropped = select(path, state)
-    dropped += [k for k, v in (content[name] if name else content).items()
-                if isinstance(v, Tensor) and not k.startswith(prefix)]
-    state = fold_prefix(state)
-    config = config or read_config(
-        path, state, num_heads or (12 if source == "MoCo-v3" and width(state) == 384 else None))
-    model = ViT(**config)
-    check_keys(path, model.state_dict(), state)
-    model.load_state_dict({k: v.float() for k, v in state.items()})
-    which = " / ".join(x for x in (name, prefix.rstrip(".")) if x) or "flat file"
-    c = model.config
-    report = (
-        f"{path}: {source}, weights of '{which}', {len(state)} keys matched, {len(dropped)} dropped"
-        f"{' (' + ', '.join(summary(dropped)) + ')' if dropped else ''}; ViT {c['embed_dim']}-{c['depth']}-"
-        f"{c['num_heads']}, patch {c['patch_size']}, trained at {c['img_size']} px"
-    )
-    return model.eval().requires_grad_(False), report
+    .pth and .safetensors are read by `load_backbone` again.  .pt2 (torch.export) and .onnx hold a program:
+    normalised images (B, 3, S, S), of the size of training and any B -> tokens (B, T, D)."""
+    kind = Path(path).suffix
+    if kind == ".pth":
+        return save(path, {"arch": model.config, "step": step, "backbone": model.state_dict()})
+    if kind == ".safetensors":
+        from safetensors.torch import save_file
+        return save_file(model.state_dict(), path, {"arch": json.dumps(model.config)})
+    S = model.config["img_size"]
+    images = torch.zeros(2, 3, S, S, dtype=model.cls_token.dtype)
+    any_batch = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (images,), dynamic_shapes=any_batch)
+    if kind == ".pt2":
+        torch.export.save(program, path)
+    else:
+        torch.onnx.export(program, f=path, dynamo=True, external_data=False)
 
 
-def find_weights(path, content: dict, key: str | None) -> tuple[str, str, dict[str, Tensor]]:
-    """Every place that holds a patch embedding is a backbone: (container, prefix, its tensors).
-    The teacher's is preferred."""
-    containers = {"": content} | {k: v for k, v in content.items() if isinstance(v, dict)}
-    found = []
-    for name, tensors in containers.items():
-        for k in tensors:
-            if isinstance(k, str) and k.endswith("patch_embed.proj.weight"):
-                prefix = k[:-len("patch_embed.proj.weight")]
-                found.append((name, prefix, {n[len(prefix):]: t for n, t in tensors.items()
-                                             if n.startswith(prefix) and isinstance(t, Tensor)}))
-    names = [f"{name}/{prefix}" for name, prefix, _ in found]
-    if key is not None:
-        found = [f for f, n in zip(found, names, strict=True) if key in re.split(r"[/.]", n)]
-    if not found:
-        keys = [f"{n}.{k}" if n else k for n, t in containers.items() for k in summary(map(str, t))
-                if n or k not in containers]
-        wanted = (f"no ViT under the key '{key}' (there is: {', '.join(names) or 'none'})" if key
-                  else "no ViT in it")
-        raise ValueError(f"{path}: {wanted}: expected ...patch_embed.proj.weight, "
-                         f"found {', '.join(keys[:12]) or 'nothing'}")
-
-    def order(f):
-        return next((i for i, t in enumerate(TEACHERS) if t in f[0] + "/" + f[1]), len(TEACHERS))
-    return min(found, key=order)
+def get_args(argv=None):
+    p = run.Parser(description=__doc__)
+    p.add_argument("file", help="a checkpoint of any method")
+    p.add_argument("--to", metavar="OUT", help=f"write the backbone; the name ends in {', '.join(EXPORTS)}")
+    p.add_argument("--half", action="store_true", help="in float16")
+    run.add_shared(p, "checkpoint_key num_heads")
+    args = p.parse_args(argv)
+    kind = Path(args.to or "x.pth").suffix
+    if kind not in EXPORTS:
+        raise Mistake(f"--to {args.to}: expected a name that ends in {', '.join(EXPORTS)}")
+    if args.half and not args.to:
+        raise Mistake("--half has no effect without --to")
+    needed = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript"]}.get(kind, [])
+    if not all(importlib.util.find_spec(name) for name in needed):
+        raise Mistake(f"--to {args.to}: to write this format: pip install {' '.join(needed)}")
+    run.check_outputs(args, "to")
+    return args
 
 
-def select(path, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename to timm's names and part the backbone from heads, decoders and mask tokens."""
-    kept, dropped = {}, []
-    for k, v in state.items():
-        name = k
-        for pattern, to in RENAMES:
-            name = re.sub(pattern, to, name)
-        if OURS.match(name) or name == "dist_token":
-            if name in kept:
-                raise ValueError(f"{path}: both '{k}' and another key mean '{name}'")
-            kept[name] = v
-        else:
-            dropped.append(k)
-    return kept, dropped
+def main(args) -> None:
+    content = load(args.file)
+    model, report = read_backbone(args.file, content, args.checkpoint_key, args.num_heads)
+    say(report)
+    if args.to:
+        step = content.get("step")
+        if args.half:
+            model.half()
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise Mistake(f"--half: {args.file} has weights beyond the range of float16")
+        export(model, args.to, step if type(step) is int else 0)
+        say(f"{args.to}: written, {Path(args.to).stat().st_size / 1e6:.1f} MB")
 
 
-def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring position embeddings of other layouts to ours, (1, 1 + N, D) with CLS first and registers without
-    position: timm's without CLS gets a zero row, those of registers and of DeiT's distillation token are
-    added to the tokens."""
-    if "dist_token" in state:
-        state["reg_token"] = state.pop("dist_token")
-    pos, registers = state.get("pos_embed"), state.get("reg_token")
-    if pos is None or pos.ndim != 3:
-        return state
-    R, n = 0 if registers is None else registers.shape[1], pos.shape[1]
-    if is_square(n) and not is_square(n - 1):
-        state["pos_embed"] = torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)
-    elif R and not is_square(n - 1) and is_square(n - 1 - R):
-        state["reg_token"] = registers + pos[:, 1:1 + R]
-        state["pos_embed"] = torch.cat([pos[:, :1], pos[:, 1 + R:]], dim=1)
-    return state
-
-
-def is_square(n: int) -> bool:
-    return n > 0 and round(n ** 0.5) ** 2 == n
-
-
-def width(state: dict[str, Tensor]) -> int:
-    return state["patch_embed.proj.weight"].shape[0]
-
-
-def read_config(path, state: dict[str, Tensor], num_heads: int | None) -> dict:
-    """Arguments of ViT() from the shapes of its weights."""
-    weight, pos = state["patch_embed.proj.weight"], state.get("pos_embed")
-    if weight.ndim != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"{path}: patch_embed.proj.weight is {tuple(weight.shape)}, expected (D, 3, P, P)")
-    if pos is None or pos.ndim != 3 or not is_square(pos.shape[1] - 1):
-        raise ValueError(f"{path}: pos_embed is {tuple(pos.shape) if pos is not None else 'missing'}, "
-                         f"expected (1, 1 + g*g, {len(weight)})")
-    D, P = weight.shape[0], weight.shape[-1]
-    fc1 = state.get("blocks.0.mlp.fc1.weight")
-    return dict(img_size=P * round((pos.shape[1] - 1) ** 0.5), patch_size=P, embed_dim=D,
-                depth=1 + max([int(k.split(".")[1]) for k in state if k.startswith("blocks.")], default=-1),
-                num_heads=num_heads or {1280: 16}.get(D, max(1, D // 64)),
-                mlp_ratio=fc1.shape[0] / D if fc1 is not None else 4.0,
-                init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-                reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0)
-
-
-def check_keys(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the backbone keys that are missing, unknown, misshapen or not finite."""
-    shapes = [f"{k} {tuple(found[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
-              if k in found and found[k].shape != v.shape]
-    broken = [k for k, v in found.items() if v.is_floating_point() and not v.isfinite().all()]
-    for what, keys in (
-        ("lacks", [k for k in expected if k not in found]),
-        ("has unknown", [k for k in found if k not in expected]),
-        ("has another shape in", shapes),
-        ("is not finite in", broken),
-    ):
-        if keys:
-            raise ValueError(f"{path}: not a plain ViT: the backbone {what} {len(keys)} keys: "
-                             f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}")
-
-
-def guess_source(content: dict, name: str, prefix: str) -> str:
-    """The method that wrote a file, for the report only."""
-    flat = set(content) | set(content.get(name) or {})
-    def has(text):
-        return any(text in str(k) for k in flat)
-    if isinstance(content.get("arch"), dict):
-        return f"MMC ({content.get('step', 0)} steps)"
-    tests = [
-        ("MSN", "target_encoder" in content),
-        ("MoCo-v3", "momentum_encoder" in prefix or "base_encoder" in prefix),
-        ("MAE", has("decoder_") or (has("fc_norm") and "model" in content)),
-        ("iBOT", has("masked_embed")),
-        ("DINOv2", has("ls1.gamma") and (has("mask_token") or has("register_tokens") or has("blocks.0.0."))),
-        ("SiT / MC-SSL", has("rec_head") or has("recons")),
-        ("DINO or iBOT", "teacher" in content or has("dino_loss")),
-        ("solo-learn or lightly", has("projector") or has("projection_head")),
-        ("DeiT", has("dist_token")),
-    ]
-    return next((method for method, yes in tests if yes), "timm, DINO or another plain ViT")
-
-
-def summary(keys: Iterable[str]) -> list[str]:
-    """Key names by their first part: ['head.*', 'mask_token']."""
-    return sorted({k.split(".")[0] + (".*" if "." in k else "") for k in keys})
+if __name__ == "__main__":
+    run.script(main, get_args)
