@@ -403,16 +403,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     option("--sequences", nargs="+", help="only these of the list")
     option("--overwrite", action="store_true", help="make masks anew, however those there were made")
     option("--overlay", action="store_true", help="also write frames with coloured masks, and an animation")
-    option("--n_last_frames", type=run.at_least(0), default=7, help="frames before this one (DINO: 7)")
+    option("--n_last_frames", type=run.at_least(0), default=7,
+           help="frames of context besides the first, those just before (DINO: 7)")
     option("--size_mask_neighborhood", type=run.at_least(0), default=12,
            help="reach of the votes to each side, in tokens (DINO: 12); 0: the whole frame")
     option("--topk", type=run.at_least(1), default=5, help="context tokens that vote (DINO: 5)")
     option("--temp", type=run.above(0.0), default=0.1, help="of the votes, exp(cos / temp) (DINO: 0.1)")
+    option("--size", type=run.at_least(1), default=480, help="short side of a resized frame (DINO: 480)")
     option("--size_multiple", type=run.at_least(1), default=64,
            help="the long side is floored to a multiple of it, in pixels; lower it with a small --size")
     option("--block", type=int, default=-1, help="block whose tokens are compared, from 1; -1: the last")
-    run.add_shared(p, "size checkpoint_key num_heads device precision json max_bad", size=480)
-    run.add_shared(p, "output_dir", output_dir="out/davis")
+    shared = "checkpoint_key num_heads device precision json max_bad output_dir"
+    run.add_shared(p, shared, output_dir="out/davis")
     args = p.parse_args(argv)
 
     for mode, idle in IDLE.items():

@@ -114,7 +114,7 @@ def sequences(listing: Path, chosen: list[str] | None) -> list[str]:
 
 
 def open_clip(folder: Path, frames: list[Path], masks: list[Path]) -> Clip:
-    """A clip with its first mask.  Raises Mistake for no frame, two of one name, and no object."""
+    """A clip with its first mask.  Raises Mistake for no frame, two of a name, no object, another size."""
     if not frames:
         raise Mistake(f"{folder}: no images there")
     if len({path.stem for path in frames}) < len(frames):
@@ -122,7 +122,16 @@ def open_clip(folder: Path, frames: list[Path], masks: list[Path]) -> Clip:
     first = read_mask(masks[0])
     if not first.any():
         raise Mistake(f"{masks[0]}: 0 objects; expected 0 for the background, other numbers for the objects")
-    return Clip(folder.name, frames, masks, first)
+    clip = Clip(folder.name, frames, masks, first)
+    check_size(frames[0], read_image(frames[0], upright=False), clip)
+    return clip
+
+
+def check_size(path: Path, frame: Tensor, clip: Clip) -> None:
+    """Raises Mistake for a frame of another size than the first mask."""
+    size = tuple(frame.shape[1:])
+    if size != clip.first.shape:
+        raise Mistake(f"{path}: height and width {size}, {clip.masks[0]} has {clip.first.shape}")
 
 
 def read_frames(clip: Clip, unreadable: Unreadable) -> Iterator[Tensor]:
@@ -136,9 +145,7 @@ def read_frames(clip: Clip, unreadable: Unreadable) -> Iterator[Tensor]:
             if frame is None:
                 raise
             unreadable.note(path)
-        size = tuple(frame.shape[1:])
-        if size != clip.first.shape:
-            raise Mistake(f"{path}: height and width {size}, {clip.masks[0]} has {clip.first.shape}")
+        check_size(path, frame, clip)
         yield frame
 
 
