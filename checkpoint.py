@@ -145,23 +145,23 @@ def load_safetensors(path: Path) -> dict:
     return content
 
 
-# ------------------------------------------------- the backbone in a file
 def restore(path: str | os.PathLike, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
-    """Load (module, state dict) pairs from a training run's file `path`, after all of them were compared.
+    """Load (module, state dict) pairs from a training run's file `path`, after comparing all of them.
 
-    Raises Mistake naming a tensor that is missing, unknown, or of another shape, before anything is changed."""
+    Raises Mistake naming a tensor that is missing, unknown or of another shape, before anything changes."""
     for module, state in parts:
         expected = module.state_dict()
-        for name in expected.keys() | state.keys():
+        for name in {**expected, **state}:
             here = tuple(expected[name].shape) if name in expected else "nothing"
             there = tuple(state[name].shape) if name in state else "nothing"
             if here != there:
-                raise Mistake(f"{path}: holds {there} for {name}, this run has {here}: a run of other sizes; give "
-                              "another --output_dir")
+                raise Mistake(f"{path}: holds {there} for {name}, this run has {here}: a run of other sizes; "
+                              "give another --output_dir")
     for module, state in parts:
         module.load_state_dict(state)
 
 
+# ------------------------------------------------- the backbone in a file
 def open_backbone(args, ckpt: str, device: torch.device) -> ViT:
     """`load_backbone` for a script, with --checkpoint_key, --num_heads and --precision where it has them;
     prints the report."""

@@ -9,6 +9,7 @@ An image source has `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (
 seeded by (seed, epoch, index), so that no worker, rank or batch changes it."""
 import hashlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,7 @@ class Subset:
         self.classes = images.classes
         self.labels = None if images.labels is None else [images.labels[i] for i in index]
         self.about = described(len(index), self.classes, Counter())
+        self.root = getattr(images, "root", "")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -411,9 +413,18 @@ class Batches:
             begin = max(first, epoch * self.per_epoch)
             end = min(last, (epoch + 1) * self.per_epoch)
             self.sampler.begin(epoch, begin % self.per_epoch)
-            loader = iter(self.loader)
+            loader = started(self.loader)
             for step in range(begin, end):
                 yield step, [next_batch(loader) for _ in range(self.accum)]
+
+
+def started(loader: DataLoader) -> Iterator:
+    """iter(loader), without torch's handler that raises in the middle of anything when a loader process dies:
+    `next_batch` finds out, between two steps."""
+    iterator = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator
 
 
 def next_batch(loader: Iterator) -> dict:

@@ -42,14 +42,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def fast_precision(device: torch.device) -> str:
-    """'bf16' on CUDA, and on a CPU whose matrix products are clearly faster with it; else 'fp32'."""
-    faster = device.type == "cuda" or (device.type == "cpu" and bf16_gain() > 1.3)
+def fast_precision(device: torch.device, width: int = 384) -> str:
+    """'bf16' on CUDA, and on a CPU whose products for a ViT of this width are clearly faster with it; else
+    'fp32'."""
+    faster = device.type == "cuda" or (device.type == "cpu" and width >= 192 and bf16_gain(width) > 1.3)
     return everywhere("bf16" if faster else "fp32")[0]
 
 
-def bf16_gain(rows: int = 1024, width: int = 384, rounds: int = 5) -> float:
-    """How many times faster a product of ViT-S's MLP is in bf16 than in float32 on this CPU; a few ms."""
+def bf16_gain(width: int, rows: int = 1024, rounds: int = 5) -> float:
+    """How many times faster a product of a ViT's MLP is in bf16 than in float32 on this CPU; a few ms."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(rows, width, dtype=dtype)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 # name: (width D, blocks, heads).  Add a line here to add an architecture.
 ARCHS = {
     "vit_micro": (128, 4, 4),
+    "vit_mini": (160, 6, 5),
     "vit_t": (192, 12, 3),
     "vit_s": (384, 12, 6),
     "vit_b": (768, 12, 12),

@@ -1,8 +1,5 @@
 """What every script shares: options, beginning and end, results, and for training a run folder and a guard.
 
-    if __name__ == "__main__":
-        run.script(main, get_args)
-
 Exit codes: 0 done; 2 a user's mistake, told in one line; 3 training was not finite; 75 stopped by a signal
 after saving, so that the same command goes on.  Only a `Mistake` becomes one line.  Every other exception
 keeps its traceback: it is a bug, and whoever changes this code wants to see where."""
@@ -16,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
@@ -28,7 +25,6 @@ import distributed
 from distributed import say
 
 MISTAKE, NOT_FINITE, STOPPED = 2, 3, 75        # 75 is EX_TEMPFAIL of sysexits.h
-PICTURES = (".png", ".jpg", ".webp")
 LOCKS: dict[Path, object] = {}                 # run folders that this process holds
 
 
@@ -90,7 +86,7 @@ SHARED = {  # options that several scripts have
     "data": dict(required=True, help="folder with train/ and val/ of class folders, 'toy', or cifar10, "
                  "cifar100, stl10, flowers102, pets, cars, aircraft"),
     "val_data": dict(help="folder of the test images, if it is not beside the train images"),
-    "classes": dict(metavar="FILE", help="take these classes only: a file with a folder name a line, or in100"),
+    "classes": dict(metavar="FILE", help="these classes only: a file with a folder name a line, or in100"),
     "data_root": dict(default="data", help="where torchvision keeps its sets"),
     "download": dict(action="store_true", help="let torchvision download the set"),
     "num_workers": dict(type=at_least(0), default=2, help="loader processes; results do not change"),
@@ -108,6 +104,7 @@ SHARED = {  # options that several scripts have
     "force": dict(action="store_true", help="go on although options differ from the stored run's"),
     "save_every": dict(type=interval, default="15m", help="besides each epoch: steps (500) or minutes (15m) "
                        "between saves"),
+    "stop_at": dict(type=at_least(1), metavar="STEP", help="save and stop after this step, with code 75"),
     "log_every": dict(type=at_least(1), default=10, help="steps between lines of log.jsonl"),
 }
 
@@ -116,7 +113,7 @@ def add_shared(parser, names: str, **defaults) -> None:
     """Add options of the table SHARED to a parser or a group; `defaults` replace those of the table."""
     for name in names.split():
         settings = SHARED[name] | ({"default": defaults[name]} if name in defaults else {})
-        if settings.get("default") not in (None, ""):
+        if settings.get("default") is not None:
             settings["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{name}", **settings)
 
@@ -139,9 +136,9 @@ def script(main: Callable, get_args: Callable) -> None:
     distributed.finish()
 
 
-def begin(args, one_process: bool = False) -> torch.device:
-    """The device that --device names, after joining the other ranks.  Raises Mistake for a device that is not
-    here, and under torchrun for a script of one process."""
+def begin(args, one_process: bool = False, width: int = 384) -> torch.device:
+    """The device that --device names, after joining the other ranks; resolves --precision auto for a ViT of
+    this width.  Raises Mistake for a device that is not here, and under torchrun for a one_process script."""
     if one_process and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Mistake("this is one process: start it with python, not with torchrun")
     try:
@@ -150,7 +147,7 @@ def begin(args, one_process: bool = False) -> torch.device:
         raise Mistake(f"--device {args.device}: {e}") from e
     distributed.join(device)
     if getattr(args, "precision", None) == "auto":
-        args.precision = distributed.fast_precision(device)
+        args.precision = distributed.fast_precision(device, width)
     return device
 
 
@@ -158,7 +155,6 @@ def end(message: str, code: int = MISTAKE, together: bool = False) -> None:
     """End the script with one line on stderr.
 
     together: every rank ends now; wait until all have said why, as torchrun kills the rest when one ends."""
-    # One write with its line end: print() makes two, and the lines of several ranks would mix.
     sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
     sys.stderr.flush()
     if together:
@@ -183,13 +179,13 @@ def check_outputs(args, *names: str) -> None:
         if not given:
             continue
         path = Path(given)
-        if name in ("picture", "similarity", "out") and path.suffix.lower() not in PICTURES:
-            raise Mistake(f"--{name} {given}: expected a name that ends in {', '.join(PICTURES)}")
+        if name in ("picture", "similarity", "out") and path.suffix.lower() not in (".png", ".jpg", ".webp"):
+            raise Mistake(f"--{name} {given}: expected a name that ends in .png, .jpg or .webp")
         existed = path.exists()
         with writing(path, f"--{name} "):
             open(path, "a").close()
         if not existed:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------- results
@@ -197,10 +193,8 @@ def read_lines(path: Path) -> list[dict]:
     """The lines of a jsonl file; half a line at the end, left by a kill, is passed over."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return lines
 
 
@@ -238,14 +232,13 @@ def record(path: str | None, *, eval: str, ckpt: str, weights: str, data: str, d
 def commit() -> str | None:
     """The commit of this code, where it is a clone and git is installed."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
+    with suppress(OSError):
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
+        return found.stdout.strip() or None
+    return None
 
 
-# ------------------------------------------------- the folder of a training run
+# ------------------------------------------------- a training run
 def claim_folder(args, parser: argparse.ArgumentParser, may_change: set[str], last: dict | None) -> None:
     """Claim args.output_dir for this run, before any work.  last: what its last.pth holds, or None.
 
@@ -282,19 +275,17 @@ def lock(folder: Path) -> None:
         import fcntl
     except ImportError:                        # Windows has no such lock
         return
-    file = open(folder / ".lock", "w")
+    LOCKS[folder] = open(folder / ".lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise Mistake(f"{folder}: another run writes there; wait for it, or give another --output_dir") from e
-    except OSError:                            # a file system without locks
-        return
-    LOCKS[folder] = file
 
 
 def options_of(args) -> dict:
     """The options as a run stores them, in JSON's types; the number of ranks is one of them."""
-    options = {k: v for k, v in vars(args).items() if not callable(v)}
+    plain = (str, int, float, list, tuple, type(None))
+    options = {k: v for k, v in vars(args).items() if isinstance(v, plain)}
     return json.loads(json.dumps(options | {"world_size": distributed.world_size()}))
 
 
@@ -314,7 +305,6 @@ def begin_log(args, new: bool) -> None:
         (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-# ------------------------------------------------- while it trains
 class Guard:
     """Keeps a training run honest: NaN, unreadable images, signals, saves, and its log.
 
@@ -325,6 +315,9 @@ class Guard:
         self.args, self.images, self.device = args, images, device
         self.steps_per_epoch = steps_per_epoch
         self.folder = Path(args.output_dir)
+        minutes = args.save_every.endswith("m")                        # between saves, or steps
+        self.save_seconds = 60 * float(args.save_every[:-1]) if minutes else math.inf
+        self.save_steps = math.inf if minutes else int(args.save_every)
         self.stop = distributed.StopSignal()
         self.stopping = self.save_asked = False                        # as all ranks have agreed
         self.bad: set[int] = set()                                     # unreadable images of this epoch
@@ -344,7 +337,6 @@ class Guard:
         """Of this run, those before an interruption included."""
         return self.before + time.time() - self.started
 
-    # ---- before the weights change
     def check(self, step: int, values: dict[str, Tensor], rates: dict[str, float], batches: list) -> None:
         """All ranks agree: is the step finite, was a stop asked for, are too many images unreadable?  NaN or
         inf in values["loss"] or values["grad_norm"] ends every rank with code 3, too many bad images with 2.
@@ -354,7 +346,7 @@ class Guard:
         change."""
         finite = torch.stack([values["loss"], values["grad_norm"]]).isfinite().all()
         self.note_bad([i for batch in batches for i in batch["bad"].tolist() if i >= 0])
-        save_asked = distributed.is_main() and time.time() - self.saved >= self.save_interval("m")
+        save_asked = distributed.is_main() and time.time() - self.saved >= self.save_seconds
         flags = torch.tensor([self.stop.asked > 0, len(self.bad), save_asked, 0], dtype=torch.float32)
         flags = flags.to(self.device, non_blocking=self.late)
         flags[3] = ~finite
@@ -402,7 +394,6 @@ class Guard:
                 known = set(f.read().splitlines())
                 f.writelines(name + "\n" for name in sorted(new - known))
 
-    # ---- after the weights have changed
     def after_step(self, step: int, values: dict[str, Tensor], rates: dict[str, float], images: int,
                    save: Callable[[int], None]) -> None:
         """Log, save, evaluate, and only then stop where a signal asked for it.
@@ -412,44 +403,37 @@ class Guard:
         self.bar.update()
         self.images_seen += images * distributed.world_size()
         epoch, rest = divmod(step, self.steps_per_epoch)
+        asked = getattr(self.args, "stop_at", None)
         if step % self.args.log_every == 0 or rest == 0:
             self.log(step, values, rates)
-        if rest == 0 or self.stopping or self.save_asked or step % self.save_interval("") == 0:
+        due = self.save_asked or step % self.save_steps == 0
+        if rest == 0 or self.stopping or step == asked or due:
             self.settle()                                              # nothing is saved unchecked
             save(step)
             self.saved, self.save_asked = time.time(), False
         if rest == 0:
             self.end_epoch(epoch)
-        if self.stopping:
+        if self.stopping or step == asked:
             self.bar.close()
-            end(f"stopped by a signal after step {step}, saved; start the same command again to go on",
+            why = "a signal" if self.stopping else "--stop_at"
+            end(f"stopped by {why} after step {step}, saved; start the same command again to go on",
                 STOPPED, together=True)
 
-    def save_interval(self, unit: str) -> float:
-        """Seconds between saves for unit 'm', steps for ''; inf where --save_every is in the other unit."""
-        every = self.args.save_every
-        if every.endswith("m") != (unit == "m"):
-            return math.inf
-        return 60 * float(every[:-1]) if unit else int(every)
-
-    def log(self, step: int, values: dict[str, Tensor], rates: dict[str, float]) -> None:
-        """Means over the ranks, to log.jsonl and the progress bar."""
-        means = distributed.all_mean(torch.stack(list(values.values()))).tolist()
-        means = dict(zip(values, means, strict=True))
+    def log(self, step: int, values: dict[str, Tensor], rates: dict[str, float]) -> dict[str, float]:
+        """Means over the ranks, to log.jsonl and the progress bar.  Returns them."""
+        means = distributed.all_mean(torch.stack(list(values.values())))
+        means = dict(zip(values, means.tolist(), strict=True))
         speed = self.images_seen / (time.time() - self.started - self.evaluating)
         self.write({"step": step, "epoch": step / self.steps_per_epoch, **means, **rates,
                     "images_per_s": speed, "seconds": self.seconds()})
         shown = [f"{k} {v:.3f}" for k, v in means.items() if k in ("loss", "rec", "pat", "cls")]
         self.bar.set_postfix_str(" ".join([*shown, f"{speed:.0f} images/s"]))
-        self.logged(step, means)
+        return means
 
     def write(self, line: dict) -> None:
         """One line of log.jsonl, numbers to seven digits."""
         rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()}
         append_json(self.folder / "log.jsonl", rounded)
-
-    def logged(self, step: int, means: dict[str, float]) -> None:
-        """For a subclass that looks at what was logged."""
 
     def end_epoch(self, epoch: int) -> None:
         """Report this epoch's unreadable images, then count anew.  A subclass evaluates here."""

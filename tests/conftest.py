@@ -1,4 +1,4 @@
-"""Shared by all tests: where the real images are, two threads unless MMC_TEST_THREADS says otherwise."""
+"""Shared by all tests: where the real images are, and two threads unless OMP_NUM_THREADS says otherwise."""
 
 import os
 import signal
@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ.get("MMC_TEST_THREADS", 2)))
+import distributed
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
     """A run inside the test process installs handlers; the next test must not meet them."""
-    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    before = [signal.getsignal(s) for s in kinds]
+    before = [signal.getsignal(s) for s in distributed.SIGNALS]
     yield
-    for s, handler in zip(kinds, before, strict=True):
+    for s, handler in zip(distributed.SIGNALS, before, strict=True):
         signal.signal(s, handler)
 
 

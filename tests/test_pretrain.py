@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from PIL import Image
 from ranks import free_port, run_ranks
 from test_data import write_broken, write_zoo
 
-import checkpoint
 import distributed
 import pretrain
 import probes
-from model import MMC, vit
-from pretrain import cosine_schedule, get_args, param_groups
+import run
+from model import MMC, cosine_schedule, vit
+from pretrain import get_args, param_groups
+from run import Mistake
 from toy import scene
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +77,7 @@ def command(images, out, *more, ranks=1):
             "--output_dir", str(out), *more]
 
 
-def run(*args, **kwargs):
+def launch(*args, **kwargs):
     return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -166,35 +168,49 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
 
 # ---- survival ----
 
-class Stop(Exception):
+class Killed(Exception):
     pass
 
 
+@pytest.fixture
+def killed_at(monkeypatch):
+    """A function: the next run dies in its step n, before the weights change."""
+    def arrange(n: int):
+        real = run.Guard.check
+
+        def check(guard, step, *rest):
+            if step == n - 1:
+                monkeypatch.setattr(run.Guard, "check", real)
+                raise Killed
+            real(guard, step, *rest)
+        monkeypatch.setattr(run.Guard, "check", check)
+    return arrange
+
+
 @pytest.mark.parametrize(("workers", "at"), [(0, 4), (2, 8)])
-def test_resume_is_bit_exact(images, tmp_path, unbroken, monkeypatch, workers, at):
+def test_resume_is_bit_exact(images, tmp_path, unbroken, killed_at, workers, at):
     """Killed at a step without a last save: goes on from the save before, at step at - 1, in the middle of an
     epoch."""
-    real = pretrain.ema_update
-    calls = []
-    def dying(*args):
-        calls.append(1)
-        if len(calls) == at:
-            raise Stop
-        real(*args)
-    monkeypatch.setattr(pretrain, "ema_update", dying)
     more = ["--save_every", "1", "--num_workers", str(workers)]
-    with pytest.raises(Stop):
+    killed_at(at)
+    with pytest.raises(Killed):
         train(images, tmp_path, *more)
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == at - 1
-    monkeypatch.setattr(pretrain, "ema_update", real)
     last = train(images, tmp_path, *more)
     assert same(last, unbroken[0]) and steps(tmp_path) == unbroken[1]
 
 
+def test_stop_at_a_step_saves_and_goes_on_the_same(images, tmp_path, unbroken, capsys):
+    with pytest.raises(SystemExit) as e:
+        train(images, tmp_path, "--stop_at", "6")
+    assert e.value.code == 75 and "after step 6" in capsys.readouterr().err
+    assert same(train(images, tmp_path), unbroken[0]) and steps(tmp_path) == unbroken[1]
+
+
 def test_saves_by_rank_0s_clock(images, tmp_path, monkeypatch):
     """With --save_every 0m each step is due; the ranks hear it from rank 0, not from their own clocks."""
-    real, saved = pretrain.save, []
-    monkeypatch.setattr(pretrain, "save", lambda *a: saved.append(a[4]) or real(*a))
+    real, saved = pretrain.save_run, []
+    monkeypatch.setattr(pretrain, "save_run", lambda *a: saved.append(a[4]) or real(*a))
     train(images, tmp_path / "always", "--save_every", "0m", "--epochs", "1")
     assert saved == [1, 2, 3, 4, 5, 6]
     saved.clear()
@@ -210,10 +226,8 @@ def other_folders(rank, ranks, folder):
         (folder / f"done{rank}").touch()
     assert len(first) == rank                                          # rank 1 came second
     args = get_args([*TINY, "--data", "x", "--output_dir", str(folder / f"{rank}")])
-    if rank == 0:
-        checkpoint.save(folder / "0" / "last.pth", {"step": 6, "options": {}})
-    with pytest.raises(ValueError, match="one folder that all machines share"):
-        checkpoint.open_run(args, set())
+    with pytest.raises(Mistake, match="a folder that all machines share"):
+        run.claim_folder(args, args.parser, set(), {"step": 6, "options": {}} if rank == 0 else None)
 
 
 def test_ranks_with_folders_of_their_own_are_refused(tmp_path):
@@ -224,7 +238,7 @@ def test_ranks_with_folders_of_their_own_are_refused(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, ranks):
     extra = ["--num_workers", "2"] if ranks == 1 else []
-    whole = run(images, tmp_path / "whole", *extra, ranks=ranks)
+    whole = launch(images, tmp_path / "whole", *extra, ranks=ranks)
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen(command(images, tmp_path / "cut", *extra, ranks=ranks), text=True,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
@@ -243,7 +257,7 @@ def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, rank
     assert process.returncode == (75 if ranks == 1 else 1)              # 1 is torchrun's own code
     stopped = torch.load(tmp_path / "cut" / "last.pth", weights_only=True)["step"]
     assert 3 <= stopped < 12
-    again = run(images, tmp_path / "cut", *extra, ranks=ranks)
+    again = launch(images, tmp_path / "cut", *extra, ranks=ranks)
     assert again.returncode == 0, again.stderr
     assert f"going on from {tmp_path / 'cut'}/last.pth, step {stopped}" in again.stdout
     a, b = (torch.load(tmp_path / n / "last.pth", weights_only=True) for n in ("whole", "cut"))
@@ -252,20 +266,23 @@ def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, rank
 
 POISON = """
 import os, sys, torch, pretrain, distributed
+class Event:
+    record = synchronize = lambda self: None
+torch.cuda.Event = Event
 class Late(pretrain.Monitor):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.late = bool(os.environ["LATE"])
 pretrain.Monitor = Late
-real = pretrain.corrupted_views
+real = pretrain.prepare
 calls = []
 def poisoned(*args):
     calls.append(1)
-    out = real(*args)
+    inputs = real(*args)
     if len(calls) == 8 and distributed.rank() == distributed.world_size() - 1:
-        out[1][0, 0, 0, 0] = float("nan")
-    return out
-pretrain.corrupted_views = poisoned
+        inputs.corrupted[0, 0, 0, 0] = float("nan")
+    return inputs
+pretrain.prepare = poisoned
 pretrain.main(pretrain.get_args(sys.argv[1:]))
 """
 
@@ -279,7 +296,7 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ran
     p = subprocess.run(cmd, capture_output=True, text=True, timeout=120,
                        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATE": late})
     assert p.returncode == (3 if ranks == 1 else 1), p.stderr
-    assert f"rank {ranks - 1}: not finite at step 7, lr" in p.stderr
+    assert f"rank {ranks - 1}: not finite at step 7: lr" in p.stderr
     said = [x.split("poison.py: ")[1] for x in p.stderr.splitlines() if "nothing of this step was kept" in x]
     assert len(said) == ranks and all("rec" in x and ".png" in x for x in said), p.stderr
     last = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
@@ -295,7 +312,7 @@ def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
 
     def note(_args, _student, _teacher, optimizer, *_):
         moments.append([s["exp_avg"].clone() for s in optimizer.state.values()])
-    monkeypatch.setattr(pretrain, "save", note)
+    monkeypatch.setattr(pretrain, "save_run", note)
     monkeypatch.setattr(pretrain.Monitor, "finish", lambda *_: None)
     for i in range(8):
         Image.fromarray(scene(i, size=40).image).save(tmp_path / f"{i}.png")
@@ -311,7 +328,7 @@ def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
 
 def test_other_options_are_refused(images, tmp_path, capsys):
     train(images, tmp_path, "--epochs", "1")
-    with pytest.raises(ValueError, match="--lr 0.0005 -> 0.01"):
+    with pytest.raises(Mistake, match="--lr 0.0005 -> 0.01"):
         train(images, tmp_path, "--epochs", "1", "--lr", "0.01")
     train(images, tmp_path, "--epochs", "2", "--num_workers", "1")                            # harmless
     train(images, tmp_path, "--epochs", "3", "--lr", "0.01", "--force")
@@ -326,7 +343,7 @@ def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
     named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
     assert 1 <= len(named) <= 5 and all("_" not in Path(x).name for x in named)
     assert (tmp_path / "out" / "result.png").exists()
-    p = run(tmp_path / "zoo", tmp_path / "out2", "--epochs", "3", "--batch_size", "5")
+    p = launch(tmp_path / "zoo", tmp_path / "out2", "--epochs", "3", "--batch_size", "5")
     assert p.returncode == 2 and f"of {n} images are unreadable" in p.stderr and "Traceback" not in p.stderr
 
 
@@ -348,7 +365,7 @@ def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
     noise only (an alien comes from the rank's own batch), heads without BatchNorm, no drop path, no pat."""
     same_for_both = "--noise_p 1 --head_norm none --drop_path 0 --w_pat 0 --epochs 4".split()
     train(images, tmp_path / "one", *same_for_both, "--batch_size", "8")
-    p = run(images, tmp_path / "two", *same_for_both, ranks=2)
+    p = launch(images, tmp_path / "two", *same_for_both, ranks=2)
     assert p.returncode == 0, p.stderr
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
     assert len(one) == len(two) == 12
@@ -369,12 +386,14 @@ MISTAKES = [
     (["--data", "/no/such/folder"], "no such folder"),
     (["--arch", "vit_x"], "vit_x"),
     (["--global_crops_size", "30"], "multiple of"),
-    (["--batch_size", "1"], "at least 2"),
+    (["--batch_size", "1"], "2 or more"),
     (["--batch_size", "500"], "lower --batch_size"),
     (["--w_rec", "0", "--w_pat", "0", "--w_cls", "0"], "above 0"),
     (["--drop_align", "7"], "drop_align"),
     (["--drop_align", "0"], "drop_align"),
-    (["--drop_block", "0"], "above 0"),
+    (["--drop_block", "0"], "0.001 to 1.0"),
+    (["--temp", "0"], "more than 0"),
+    (["--jitter", "nan", "0", "0", "0"], "0.0 or more"),
     (["--save_every", "soon"], "expected steps"),
     (["--epochs", "0"], "1 or more"),
 ]
@@ -382,7 +401,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("wrong", "said"), MISTAKES)
 def test_mistakes_are_named(images, tmp_path, wrong, said):
-    with pytest.raises(ValueError, match=said) as e:
+    with pytest.raises(Mistake, match=said) as e:
         train(images, tmp_path / "out", *wrong)
     assert "\n" not in str(e.value) and not (tmp_path / "out" / "last.pth").exists()
 
@@ -390,7 +409,7 @@ def test_mistakes_are_named(images, tmp_path, wrong, said):
 def test_a_mistake_ends_with_code_2_and_one_line(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("hello")
-    p = run(tmp_path / "texts", tmp_path / "out")
+    p = launch(tmp_path / "texts", tmp_path / "out")
     assert p.returncode == 2 and p.stderr.count("\n") == 1 and "holds no image" in p.stderr
 
 
@@ -400,18 +419,18 @@ def test_a_mistake_ends_with_code_2_and_one_line(tmp_path):
     ("probes", ["nothing"])])
 def test_a_wrong_option_is_one_line(script, wrong, capsys):
     with pytest.raises(SystemExit) as e:
-        importlib.import_module(script).get_parser().parse_args(wrong)
+        run.script(lambda args: None, lambda: importlib.import_module(script).get_args(wrong))
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_devices_and_ranks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("gpu", "cuda", "xpu:7", "meta"):
-        with pytest.raises(ValueError, match=f"--device {name}"):
-            distributed.init(name)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="start it with python"):
-        distributed.one_process("probes.py knn")
+        with pytest.raises(Mistake, match=f"--device {name}"):
+            run.begin(Namespace(device=name))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Mistake, match="start it with python"):
+        run.begin(Namespace(device="cpu"), one_process=True)
 
 
 def test_a_signal_after_the_last_step_still_counts(capsys):
@@ -420,9 +439,7 @@ def test_a_signal_after_the_last_step_still_counts(capsys):
     stop = distributed.StopSignal()
     signal.raise_signal(signal.SIGUSR1)
     assert stop.asked and not heard
-    with pytest.raises(SystemExit) as e:
-        stop.release()
-    assert e.value.code == 75 and "start the same command again" in capsys.readouterr().err
+    stop.release()
     signal.raise_signal(signal.SIGUSR1)
     assert heard == [1]
     signal.signal(signal.SIGUSR1, before)
