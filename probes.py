@@ -1,348 +1,436 @@
-"""What is in the features: probes of frozen backbones (Tables 3, 4, 6, 9, 10, 11, Fig. 9).
+"""What is in the features: probes of frozen backbones (Tables 4, 6, 8, 10, 11, Fig. 9).
 
-    # any checkpoint that load_backbone reads; each probe says more with --help
-    python probes.py knn --ckpt out/backbone.pth --data /imagenette            # Tables 4, 6, 11
-    python probes.py linseg --ckpt out/backbone.pth --data /VOCdevkit          # Table 3: linseg.py
-    python probes.py retrieval --ckpt out/backbone.pth --data /roxford5k       # Table 9: retrieval.py
-    python probes.py variance --ckpt out/backbone.pth --data /imagenette/val   # Table 10
-    python probes.py layers --ckpt out/last.pth --data /imagenette             # Fig. 9, semantics by block
+    python probes.py knn --ckpt mmc.pth dino.pth --data /imagenette           # Tables 4, 6, 11: knn.py
+    python probes.py fewshot --ckpt mmc.pth --data /mini-imagenet             # Table 8
+    python probes.py variance --ckpt mmc.pth --data /imagenette/val           # Table 10
+    python probes.py layers --ckpt out/last.pth --data /imagenette            # Fig. 9, and k-NN of each block
+    python probes.py linseg --ckpt mmc.pth --data /VOCdevkit                  # Table 3: linseg.py
+    python probes.py retrieval --ckpt mmc.pth --data /roxford5k               # Table 9: retrieval.py
 
-knn: resize, centre crop, L2-normalise, cosine, top-k votes weighted by exp(sim / 0.07); heads CLS, PAT (mean
-of the patch tokens) and hybrid (both, concatenated); k = 10 is the paper's choice.
-variance: of CLS over 128 random resized crops of an image, and of each patch token over 128 noise maskings of
-half of its centre crop; mean over dimensions, positions, images.  Paper (ViT-S): MMC .19 / .32, DINO .43 /
-1.00.  The scale of a network's tokens is its own, so the L2-normalised variant stands beside it.
-layers: k-NN and prompt IoU by block (after the final norm), and, from a pretraining checkpoint that holds the
-student with its reconstruction head, what that head paints from each of the last blocks.
+fewshot: 5-way 1-shot episodes of CLS.  Chance is 20 % of accuracy; "always yes" has an F1 of 33.3, which is
+the paper's value for MAE.
+variance: of CLS over 128 random crops of an image, and of each patch token over 128 noise maskings of half of
+its centre crop.  Paper (no architecture named): MMC .19 / .32, DINO .43 / 1.00.  The scale of the tokens is a
+network's own; the variance of L2-normalised tokens, times D, stands beside it.
+layers: k-NN and prompt IoU of each block, after the final norm, and, from a checkpoint of pretraining, a
+picture of what the student's reconstruction head makes of the last blocks.
 
-Shapes: n train, m test images, D width, N patches, k neighbours, C classes."""
+Images are cropped to 224 px, or to the multiple of the patch size below it.  Cost: that of the network.
+
+Shapes: n images, S pixels of a side, R views, N patches, D width, E episodes."""
 import argparse
-from collections.abc import Sequence
+import csv
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 import checkpoint
-import distributed
+import data
 import figure
-import linseg
-import retrieval
-import zeroshot
-from checkpoint import load_backbone
-from coco import Coco, ToyScenes, Voc
-from data import (
-    BadImage,
-    denormalize,
-    generator_of,
-    labelled,
-    normalize,
-    open_images,
-    open_val,
-    same_classes,
+import run
+from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images
+from distributed import say
+from images import BadImage, Unreadable, centre_crop, denormalize, normalize, to_device
+from knn import (  # noqa: F401 - whoever imports probes finds k-NN here
+    KS,
+    crop_size,
+    draw_episodes,
+    extract_features,
+    few_shot,
+    knn_accuracy,
+    knn_of,
+    knn_of_blocks,
+    knn_predict,
 )
-from features import CentreCrop, centre_crop, crop_size, extract_features
-from masking import GMML, Augmentation, MultiCrop, gmml, random_resized_crop
+from masking import GMML, Augmentation, Corruption, MultiCrop, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
+from run import Mistake, at_least
 
-KS = (10, 20, 50, 100)
-GROUP = 64                                     # train images per group of the k-NN search
-
-
-def hybrid(features: dict[str, Tensor]) -> Tensor:
-    """CLS and PAT side by side, (n, 2D), normalised again."""
-    return F.normalize(torch.cat([features["cls"], features["pat"]], dim=1), dim=-1)
+ROOM = 256 / 224                               # short side of an image before the crop, in sides of the crop
 
 
-@torch.no_grad()
-def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int] = KS, temp: float = 0.07,
-                chunk: int = 256) -> Tensor:
-    """Weighted k-NN (Wu et al. 2018): each of the k nearest train images votes exp(cos / temp) for its class.
-
-    train (n, D), test (m, D): L2-normalised.  labels: (n,) ints from 0.  A k above n uses all n.
-    Returns predictions (len(ks), m).  Memory: chunk * n similarities, in a buffer that is used again."""
-    classes, n, out = int(labels.max()) + 1, len(train), []
-    buffer = test.new_full((chunk, -(-n // GROUP) * GROUP), -torch.inf)
-    for q in test.split(chunk):
-        torch.mm(q, train.T, out=buffer[:len(q), :n])
-        sims, index = top(buffer[:len(q)], min(max(ks), n))                               # (b, k), best first
-        votes = torch.zeros(len(ks), len(q), classes, device=q.device)
-        for v, k in zip(votes, ks, strict=True):
-            v.scatter_add_(1, labels[index[:, :k]], (sims[:, :k] / temp).exp())
-        out.append(votes.argmax(-1))
-    return torch.cat(out, dim=1)
+# ------------------------------------------------- k-NN
+def knn_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+    say(f"k-NN: cosine, votes exp(cosine / {args.temp:g})")
+    result = knn_of(
+        vit, *sources, size, device, args.nb_knn, args.temp,
+        batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
+    )
+    for head, accuracy in result.items():
+        cells = [f"k={k} {percent:.1f}" for k, percent in accuracy.items()]
+        say(f"{head.upper():>6}  {'  '.join(cells)}")
+    return {"temp": args.temp}, result
 
 
-def top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """sims.topk(k, 1) for rows of G groups of GROUP: the k largest lie in the k groups with the largest
-    maxima, and only these are ranked.  sims: (b, G*GROUP)."""
-    b, groups = len(sims), sims.shape[1] // GROUP
-    if groups <= 2 * k:
-        return sims.topk(k, dim=1)
-    sims = sims.view(b, groups, GROUP)
-    best = sims.amax(2).topk(k, dim=1)[1].sort(1)[0]                                      # (b, k)
-    value, at = sims.gather(1, best[..., None].expand(-1, -1, GROUP)).flatten(1).topk(k, dim=1)
-    return value, best.gather(1, at // GROUP) * GROUP + at % GROUP
+# ------------------------------------------------- few-shot by threshold
+class MiniImageNet(ImageFolder):
+    """mini-ImageNet's layout: ROOT/images, and ROOT/test.csv of filename,label lines.  Raises Mistake."""
+
+    def __init__(self, root: Path):
+        table = root / "test.csv"
+        try:
+            text = table.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        except OSError as e:
+            raise Mistake(f"{table}: cannot be read ({e.strerror})") from e
+        self.files = []
+        names = []
+        for line in csv.reader(text.splitlines()):
+            if len(line) > 1 and line[0] != "filename":
+                self.files.append(str(root / "images" / line[0]))
+                names.append(line[1])
+        if not names:
+            raise Mistake(f"{table}: no lines of filename,label")
+        self.root = str(root)
+        self.classes = sorted(set(names))
+        self.labels = [self.classes.index(name) for name in names]
+        self.about = data.described(len(names), self.classes, Counter())
 
 
-def knn_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor,
-                 ks: Sequence[int] = KS, temp: float = 0.07) -> dict[int, float]:
-    """{k: accuracy in percent}."""
-    hits = knn_predict(train, train_labels, test, ks, temp) == test_labels
-    return {k: 100 * h.float().mean().item() for k, h in zip(ks, hits, strict=True)}
+def open_few_shot(args: argparse.Namespace):
+    """What --data names: mini-ImageNet, a val split, or else the folder itself."""
+    root = Path(args.data)
+    if (root / "test.csv").is_file() and (root / "images").is_dir():
+        return MiniImageNet(root)
+    if not root.is_dir() or data.has_splits(root):
+        return open_images(args, "val")
+    images = open_images(args)
+    if images.labels is None and (root / "val").is_dir():
+        images = ImageFolder(root / "val")
+    return images
 
 
-def knn_of(vit: ViT, train, val, size: int, device: torch.device, ks: Sequence[int] = KS,
-           temp: float = 0.07, **kwargs) -> dict[str, dict[int, float]]:
-    """k-NN of a backbone from labelled image sources: {"cls" | "pat" | "hybrid": {k: percent}}."""
-    (a, ya), (b, yb) = (extract_features(vit, images, size, device, **kwargs) for images in (train, val))
-    a, b = a | {"hybrid": hybrid(a)}, b | {"hybrid": hybrid(b)}
-    return {head: knn_accuracy(a[head], ya, b[head], yb, ks, temp) for head in a}
+def few_shot_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+    images = sources[0]
+    [features], labels = extract_features(
+        vit, images, size, device, args.batch_size, args.num_workers, unreadable=unreadable)
+    episodes = draw_episodes(labels, seed=args.seed)
+    unreadable.say()
+    least = episodes.shape[-1]
+    counts = torch.bincount(labels, minlength=len(images.classes))
+    small = [str(images.classes[c]) for c in (counts < least).nonzero()[:, 0]]
+    if small:
+        say(f"left out, as they have fewer than {least} images: {', '.join(small)}")
+
+    say(f"5-way 1-shot, 600 episodes of 75 queries, CLS, {len(labels)} images of "
+        f"{len(images.classes)} classes, {len(unreadable.names)} unreadable")
+    result = few_shot(features["cls"], episodes)
+    best = max(result["f1"], key=result["f1"].get)
+    result["f1_best"] = result["f1"][best]
+    say(f"accuracy {result['accuracy']:.1f} +- {result['ci95']:.1f} % (chance 20)")
+    cells = [f"{t}: {percent:.1f}" for t, percent in result["f1"].items()]
+    say(f"F1 (always yes: 33.3) at t = {'  '.join(cells)}  best {result['f1_best']:.1f} ({best})")
+    return {"seed": args.seed, "classes_left_out": small}, result
 
 
 # ------------------------------------------------- variance
-def spread(features: Tensor) -> Tensor:
-    """(R, ...) features of R views of an image -> [variance over the views, the same of L2-normalised
-    features], each a mean over what remains."""
-    return torch.stack([f.var(0).mean() for f in (features, F.normalize(features, dim=-1))])
+def draw_corruption(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
+    """The corruption of one view from each generator: mask (R, S, S), alien (R,), noise_seed (R,)."""
+    crops = MultiCrop(Augmentation(size, local_number=0), settings)
+    drawn = [crops.draw_corruption(g) for g in generators]             # each of two views
+    return Corruption(
+        mask=torch.stack([c.mask[0] for c in drawn]),
+        alien=torch.stack([c.alien[0] for c in drawn]),
+        noise_seed=torch.stack([c.noise_seed[0] for c in drawn]),
+    )
+
+
+def variance_over_views(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, ..., D) features of R views -> their variance over the views, mean over all else, and D times that
+    of the L2-normalised features."""
+    D = features.shape[-1]
+    directions = F.normalize(features, dim=-1)
+    return features.var(0).mean(), D * directions.var(0).mean()
 
 
 @torch.no_grad()
-def variance_of(encode, images, size: int, n: int, views: int, device, seed: int = 0,
-                batch: int = 64) -> Tensor:
-    """Table 10: (2, 2) means over n images; rows CLS over random crops, patches over maskings; columns raw,
-    L2-normalised.
+def variance_of(
+    encode: Callable, images, size: int, n: int, views: int, device: torch.device,
+    seed: int = 0, batch: int = 64, unreadable: Unreadable | None = None,
+) -> dict[str, float]:
+    """Table 10: {"crops": of CLS over random crops, "masks": of the patches over maskings, and the two
+    "_normalised"}, means over n images, evenly spaced.
 
-    encode: (B, 3, size, size) normalised -> CLS (B, D), patches (B, N, D).  Crops as in pretraining (area
-    0.25 to 1, mirrored or not, no colour); each masking overwrites half of the centre crop with noise."""
-    draw = MultiCrop(Augmentation(size, local_number=0), GMML(1.0, (0.5, 0.5)))
-    at, rows = torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist(), []
-    for i in tqdm(at, "variance", mininterval=1):
+    encode: (B, 3, S, S) normalised -> CLS (B, D), patches (B, N, D).  views: 2 or more.  Crops are those of
+    pretraining without colour; each masking overwrites half of the centre crop with noise."""
+    half_noise = GMML(noise_p=1.0, drop_perc=(0.5, 0.5))
+    rows = []
+    for i in tqdm(evenly(n, len(images)), "variance", leave=False, disable=None):
         try:
             image = images.read(i)
-        except BadImage as e:
-            print(f"left out: {e}")
+        except BadImage:
+            if unreadable is not None:
+                unreadable.note(images.name(i))
             continue
         g = generator_of(seed, "variance", i)
-        crops = torch.stack([random_resized_crop(image, size, (0.25, 1.0), 0.5, g) for _ in range(views)])
-        cls = torch.cat([encode(normalize(x.to(device)))[0].float() for x in crops.split(batch)])
-        clean, patches = normalize(centre_crop(image, size, round(size * 256 / 224)).to(device)), []
-        for part in torch.arange(views).tensor_split(-(-views // batch)):       # none of one image
-            drawn = [draw.draw_masks(g) for _ in part]
-            mask, kind = (torch.stack([d[k][0] for d in drawn]) for k in ("mask", "kind"))
-            noisy = gmml(clean.expand(len(part), -1, -1, -1), mask.to(device), kind)
-            patches.append(encode(noisy)[1].float())
-        rows.append(torch.stack([spread(cls), spread(torch.cat(patches))]).cpu())
+        crops = [random_resized_crop(image, size, (0.25, 1.0), 0.5, g) for _ in range(views)]
+        cls = []
+        for part in torch.stack(crops).split(batch):
+            x = normalize(part.to(device))
+            cls.append(encode(x)[0].float())
+
+        clean = normalize(centre_crop(image, size, round(size * ROOM)).to(device))
+        patches = []
+        for part in torch.arange(views).tensor_split(-(-views // batch)):            # no part of one view
+            mask, alien, noise_seed = draw_corruption(half_noise, size, [g] * len(part))
+            x = clean.expand(len(part), -1, -1, -1)
+            x = gmml(x, mask.to(device), alien, noise_seed)
+            patches.append(encode(x)[1].float())
+        row = variance_over_views(torch.cat(cls)) + variance_over_views(torch.cat(patches))
+        rows.append(torch.stack(row).cpu())
     if not rows:
-        raise ValueError("variance: no readable image")
-    return torch.stack(rows).mean(0)
+        raise Mistake(f"variance: none of the images can be read, such as {images.name(0)}")
+    crops, crops_normalised, masks, masks_normalised = torch.stack(rows).mean(0).tolist()
+    return {"crops": crops, "masks": masks, "crops_normalised": crops_normalised,
+            "masks_normalised": masks_normalised}
 
 
-def variance_main(args: argparse.Namespace) -> None:
-    if min(args.views, args.limit) < 1:
-        raise ValueError(f"--views {args.views}, --limit {args.limit}: expected 1 or more")
-    device, vit, size = begin(args)
-    images = open_images(args.data, "train", args.data_root, args.download)
-    print(f"variance: {min(args.limit, len(images))} images, {args.views} crops of {size} px and "
-          f"{args.views} noise maskings of half the area, seed {args.seed}")
+def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+    images = sources[0]
+    unreadable.total = min(args.limit, len(images))
+    say(f"variance: {unreadable.total} images, {args.views} crops and {args.views} noise maskings of half "
+        f"the area, seed {args.seed}")
 
-    def encode(x):
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit(x)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
-    v = variance_of(encode, images, size, args.limit, args.views, device, args.seed).tolist()
-    print(f"CLS over crops {v[0][0]:.3f} (normalised x D {v[0][1] * vit.embed_dim:.3f})   patches over "
-          f"maskings {v[1][0]:.3f} (normalised x D {v[1][1] * vit.embed_dim:.3f})")
-    note(args, "variance", size=size, views=args.views, limit=args.limit, crops=v[0][0], masks=v[1][0],
-         crops_normalised=v[0][1] * vit.embed_dim, masks_normalised=v[1][1] * vit.embed_dim)
+    v = variance_of(encode, images, size, args.limit, args.views, device, args.seed, unreadable=unreadable)
+    unreadable.say()
+    say(f"CLS over crops {v['crops']:.3f} (normalised x D {v['crops_normalised']:.3f})   patches over "
+        f"maskings {v['masks']:.3f} (normalised x D {v['masks_normalised']:.3f})")
+    return {"limit": args.limit, "views": args.views, "seed": args.seed}, v
 
 
 # ------------------------------------------------- layers
-def student_of(path: str) -> MMC | None:
-    """The student with its reconstruction head from a pretraining checkpoint (last.pth); None for a file of
-    another kind, or without that head."""
-    content = {} if str(path).startswith("random:") else checkpoint.load(path)
-    state = content.get("student", {})
+def student_of(ckpt: str, vit: ViT) -> MMC | None:
+    """The student with its reconstruction head from a checkpoint of pretraining (last.pth), whose teacher is
+    `vit`; None for a file of another kind, or without that head."""
+    content = {} if ckpt.startswith("random:") else checkpoint.load(ckpt)
+    state = content.get("student")
     if not isinstance(state, dict) or "h_rec.0.weight" not in state:
         return None
-    backbone = ViT(**content["arch"])
-    student = MMC(backbone, True, False, False, hidden=len(state["h_rec.0.weight"]))
+    hidden = len(state["h_rec.0.weight"])
+    student = MMC(ViT(**vit.config), rec=True, pat=False, cls=False, hidden=hidden)
     student.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))})
     return student.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def layers_picture(student: MMC, images, size: int, blocks: list[int], n: int = 6):
-    """Fig. 9: rows of images, the corrupted input and what h_rec paints from each block (all patches), with
-    the mean absolute difference to the original below."""
-    P, g, rows = student.backbone.patch_size, size // student.backbone.patch_size, []
-    draw = MultiCrop(Augmentation(size, local_number=0), GMML(0.0, block=0.3, align=P))
-    ready = CentreCrop(images, size)
-    at = [i for i in torch.linspace(0, len(images) - 1, min(n, len(images))).long().tolist() if ready[i][2]]
-    if not at:
-        raise ValueError("layers: no readable image for the picture")
-    clean = normalize(torch.stack([ready[i][0] for i in at]))
-    drawn = [draw.draw_masks(torch.Generator().manual_seed(i)) for i in at]
-    corrupted = gmml(clean, *(torch.stack([d[k][0] for d in drawn]) for k in ("mask", "kind")))
-    tokens = student.backbone.intermediate(corrupted, blocks, norm=True)
-    painted = [unpatchify(student.h_rec(t[:, student.backbone.num_prefix_tokens:]), P, g, g) for t in tokens]
+def layers_picture(
+    student: MMC, images, size: int, blocks: list[int], n: int = 6,
+) -> figure.Picture | None:
+    """Fig. 9: n images, corrupted, and what h_rec makes of all patches of each block; below each the mean
+    absolute difference to the original.  None where fewer than two images can be read."""
+    crops = {}
+    dataset = data.CentreCrop(images, size)
+    for i in evenly(n, len(images)):
+        crop, _, _, readable = dataset[i]
+        if readable:
+            crops[i] = crop
+    if len(crops) < 2:
+        return None
+    P = student.backbone.patch_size
+    clean = normalize(torch.stack(list(crops.values())))               # (n, 3, S, S)
+    generators = [Generator().manual_seed(i) for i in crops]
+    corruption = draw_corruption(GMML(noise_p=0.0, align=P), size, generators)
+    corrupted = gmml(clean, *corruption)
+    panels = {"corrupted": corrupted}
+    outputs = student.backbone.intermediate(corrupted, blocks, norm=True)
+    for block, tokens in zip(blocks, outputs, strict=True):            # (n, T, D)
+        patches = student.h_rec(tokens[:, student.backbone.num_prefix_tokens:])
+        panels[f"block {block}"] = unpatchify(patches, P, size // P, size // P)
 
-    def photo(x):
-        return denormalize(x).permute(1, 2, 0).numpy()
-    for i, number in enumerate(at):
-        top_row = [("original", photo(clean[i])), ("corrupted", photo(corrupted[i]))]
-        below = [("", np.full_like(photo(clean[i]), 255)),
-                 ("differences", figure.heat((corrupted[i] - clean[i]).abs().mean(0), 0, 2))]
-        for block, x in zip(blocks, painted, strict=True):
-            difference = (x[i] - clean[i]).abs().mean(0)
-            top_row.append((f"block {block}", photo(x[i])))
-            below.append((f"block {block}: mean {difference.mean():.2f}", figure.heat(difference, 0, 2)))
-        rows += [(Path(images.name(number)).name, top_row), ("", below)]
+    rows = []
+    for row, i in enumerate(crops):
+        original = photo(clean[row])
+        above = [("original", original)]
+        below = [("", 255 + 0 * original)]
+        for title, x in panels.items():
+            difference = (x[row] - clean[row]).abs().mean(0)
+            above.append((title, photo(x[row])))
+            below.append((f"difference {difference.mean():.2f}", figure.heat(difference, 0, 2)))
+        rows.append((Path(images.name(i)).name, above))
+        rows.append(("", below))
     return figure.sheet(rows)
 
 
-def block_iou(vit: ViT, scenes, blocks: list[int], device) -> list[float]:
-    """Best mean prompt IoU in percent over the thresholds, for the tokens of each block after the final norm:
-    zeroshot.py's default protocol at 480 px (the toy world at its own 64)."""
-    side = 64 if isinstance(scenes, ToyScenes) else 480
-    side = side // vit.patch_size * vit.patch_size
-
-    def of_classes():
-        for i in range(len(scenes)):
-            masks, names = scenes.masks(i)
-            if len(names):
-                kinds = torch.tensor([sorted(set(names)).index(n) for n in names])
-                image = F.interpolate(scenes.read(i)[None], size=(side, side), mode="bicubic", antialias=True)
-                yield image[0], torch.stack([masks[kinds == k].any(0) for k in kinds.unique()])
-
-    @torch.no_grad()
-    def tokens(image):                                                 # (blocks, N, D)
-        found = torch.cat(vit.intermediate(normalize(image[None].to(device)), blocks, norm=True))
-        return F.normalize(found[:, vit.num_prefix_tokens:].float(), dim=-1).cpu()
-    grid = (side // vit.patch_size,) * 2
-    return (100 * zeroshot.prompt_iou(tokens, of_classes(), grid).max(-1)[0]).tolist()
+def photo(x: Tensor) -> figure.Array:
+    """(3, H, W) normalised -> (H, W, 3) uint8."""
+    return denormalize(x).permute(1, 2, 0).numpy()
 
 
-def layers_main(args: argparse.Namespace) -> None:
-    device, vit, size = begin(args)
-    blocks = args.blocks or list(range(1, vit.depth + 1))
-    train, val = open_pair(args)
-    print(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10, {len(train)} train and {len(val)} test "
-          f"images at {size} px")
-    (a, ya), (b, yb) = (extract_features(vit, x, size, device, args.batch_size, args.num_workers, blocks,
-                                         args.cache) for x in (train, val))
-    a, b = ([x] if isinstance(x, dict) else x for x in (a, b))
-    rows = [{head: knn_accuracy(x[head], ya, y[head], yb, [10])[10] for head in ("cls", "pat")}
-            for x, y in zip(a, b, strict=True)]
-    scenes = (Coco(args.coco, limit=args.limit) if args.coco else Voc(args.voc, limit=args.limit) if args.voc
-              else ToyScenes(args.limit) if args.data == "toy" else None)
-    iou = block_iou(vit, scenes, blocks, device) if scenes is not None else []
-    for i, (block, row) in enumerate(zip(blocks, rows, strict=True)):
-        if iou:
-            row["prompt_iou"] = iou[i]
-        print(f"block {block:2}  k-NN CLS {row['cls']:.1f}  PAT {row['pat']:.1f}"
-              + (f"  prompt IoU, best t {row['prompt_iou']:.1f}" if iou else ""))
-    note(args, "layers", size=size, blocks=blocks, knn=rows)
-    student = student_of(args.ckpt)
-    if student is None:
-        print("no picture of reconstructions: this checkpoint holds no student with a reconstruction head; "
-              "give a last.pth of pretrain.py")
+def prompt_iou(args, vit, images, blocks: list[int], device, unreadable: Unreadable) -> dict[int, float]:
+    """{block: best mean IoU in percent}, by the protocol of prompts.py, on the scenes of --coco or --voc, or
+    on `images` where they are toy scenes; else empty."""
+    from prompts import Protocol, prompt_tables
+    from scenes import Coco, ToyScenes, Voc
+    P = vit.patch_size
+    size = round(480 / P) * P
+    if args.coco:
+        scenes = Coco(args.coco, limit=args.limit)
+    elif args.voc:
+        scenes = Voc(args.voc, limit=args.limit)
+    elif isinstance(images, ToyImages):
+        scenes = ToyScenes(images, args.limit)
+        size = vit.config["img_size"]
     else:
-        last = [block for block in blocks if block > vit.depth // 2] or blocks
-        layers_picture(student, val, size, last).save(args.picture)
-        print(f"look at {args.picture}")
+        return {}
+    say(f"prompts: {scenes.about}; {size} px")
+
+    def features(images: Tensor) -> list[Tensor]:
+        x = normalize(to_device(images, device))
+        outputs = vit.intermediate(x, blocks, norm=True)
+        patches = [tokens[:, vit.num_prefix_tokens:].float() for tokens in outputs]
+        return [F.normalize(z, dim=-1).cpu() for z in patches]
+    tables = prompt_tables(features, scenes, Protocol(size=size), P, num_workers=args.num_workers,
+                           max_bad=args.max_bad)
+    tables[0].unreadable.say()
+    unreadable.names += tables[0].unreadable.names
+    return {block: table.summary()["best"] for block, table in zip(blocks, tables, strict=True)}
+
+
+def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+    blocks = args.blocks or list(range(1, vit.depth + 1))
+    say(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10")
+    results = knn_of_blocks(
+        vit, *sources, size, device, [10], blocks=blocks,
+        batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
+    )
+    cls = {block: result["cls"][10] for block, result in zip(blocks, results, strict=True)}
+    pat = {block: result["pat"][10] for block, result in zip(blocks, results, strict=True)}
+    iou = prompt_iou(args, vit, sources[1], blocks, device, unreadable)
+    for block in blocks:
+        line = f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}"
+        if iou:
+            line += f"  prompt IoU, best t {iou[block]:.1f}"
+        say(line)
+    draw_layers(args, ckpt, vit, sources[1], size, [b for b in blocks if b > vit.depth // 2] or blocks)
+    protocol = {"blocks": blocks, "k": 10, "coco": args.coco, "voc": args.voc, "limit": args.limit}
+    return protocol, {"knn_cls": cls, "knn_pat": pat, "prompt_iou": iou}
+
+
+def draw_layers(args, ckpt: str, vit: ViT, images, size: int, blocks: list[int]) -> None:
+    """Save the picture of one checkpoint; of several, each has a name of its own."""
+    student = student_of(ckpt, vit)
+    if student is None:
+        say("no picture of reconstructions: this checkpoint holds no student with a reconstruction head; "
+            "give a last.pth of pretrain.py")
+        return
+    picture = layers_picture(student, images, size, blocks)
+    path = Path(args.picture)
+    if len(args.ckpt) > 1:
+        path = path.with_stem(f"{path.stem}_{args.ckpt.index(ckpt) + 1}")
+    if picture is None:
+        say("no picture of reconstructions: fewer than 2 readable images")
+        return
+    with run.writing(path):
+        picture.save(path)
+    say(f"look at {path}")
 
 
 # ------------------------------------------------- command line
-def begin(args) -> tuple[torch.device, ViT, int]:
-    """Device, network and crop size; says what was loaded."""
-    distributed.check_outputs(args, "json", "picture")
-    device = distributed.init(args.device)
-    distributed.one_process(f"probes.py {args.probe}")
-    vit, report = load_backbone(args.ckpt, args.checkpoint_key)
-    print(report)
-    return device, vit.to(device), crop_size(vit, args.size)
+PROBES = {"knn": knn_probe, "fewshot": few_shot_probe, "variance": variance_probe, "layers": layers_probe}
 
 
-def note(args, probe: str, **values) -> None:
-    """One JSON line to --json."""
-    distributed.append_json(args.json, {"probe": probe, "ckpt": args.ckpt, "data": args.data, **values})
+def open_sources(args: argparse.Namespace) -> list:
+    """The images of a probe, and what they hold, said: train and test for knn and layers, one source for the
+    others.  Raises Mistake."""
+    if args.probe == "variance":
+        images = open_images(args)
+    elif args.probe == "fewshot":
+        images = labelled(open_few_shot(args), f"--data {args.data}")
+    else:
+        train = labelled(open_images(args), "train images")
+        say(f"train: {train.about}")
+        test = data.open_val(args)
+        if test is None:
+            raise Mistake(f"--data {args.data}: no test images: expected DIR/train and DIR/val, or give "
+                          "--val_data")
+        test = labelled(test, "test images")
+        say(f"test: {test.about}")
+        return [train, data.with_classes_of(train, test, "train and test")]
+    say(f"images: {images.about}")
+    return [images]
 
 
-def open_pair(args):
-    """Labelled train and val images with the same classes.  Raises ValueError."""
-    train, val = open_images(args.data, "train", args.data_root, args.download), open_val(args)
-    if val is None or train.labels is None or val.labels is None:
-        raise ValueError(f"--data {args.data}: k-NN needs class folders and a val split: "
-                         "DIR/train/CLASS/*, DIR/val/CLASS/*, or give --val_data")
-    same_classes(train.classes, val.classes, "train and val")
-    return labelled(train, "train images"), labelled(val, "val images")
+def other_script(name: str):
+    """linseg.py or retrieval.py, which are loaded only when they are asked for."""
+    if name == "linseg":
+        import linseg
+        return linseg
+    import retrieval
+    return retrieval
 
 
-def knn_main(args: argparse.Namespace) -> None:
-    if min(args.nb_knn) < 1:
-        raise ValueError(f"--nb_knn {' '.join(map(str, args.nb_knn))}: expected 1 or more")
-    device, vit, size = begin(args)
-    train, val = open_pair(args)
-    print(f"k-NN: short side {round(size * 256 / 224)}, centre {size}, cosine, weights exp(sim/{args.temp}), "
-          f"{len(train)} train, {len(val)} test images, {len(train.classes)} classes")
-    result = knn_of(vit, train, val, size, device, args.nb_knn, args.temp, batch_size=args.batch_size,
-                    workers=args.num_workers, cache=args.cache)
-    for head, accuracy in result.items():
-        print(f"{head.upper():>6}  " + "  ".join(f"k={k} {a:.1f}" for k, a in accuracy.items()))
-    note(args, "knn", size=size, **result)
+def main(args: argparse.Namespace) -> None:
+    if args.probe not in PROBES:
+        other_script(args.probe).main(args)
+        return
+    run.check_outputs(args, "json", "picture")
+    device = run.begin(args, one_process=True)
+    networks = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
+    sizes = [crop_size(vit, args.size) for vit in networks]
+    deepest = min(vit.depth for vit in networks)
+    if max(getattr(args, "blocks", None) or [1]) > deepest:
+        raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
+    sources = open_sources(args)
+    for ckpt, vit, size in zip(args.ckpt, networks, sizes, strict=True):
+        began = time.perf_counter()
+        unreadable = Unreadable(sum(map(len, sources)), args.max_bad)
+        say(f"{ckpt}: short side {round(size * ROOM)}, centre {size} px, {args.precision}")
+        protocol, metrics = PROBES[args.probe](args, ckpt, vit, sources, size, device, unreadable)
+        run.record(
+            args.json, eval=args.probe, ckpt=ckpt, weights=checkpoint.digest(vit), data=args.data,
+            data_digest="-".join(data.digest(images) for images in sources),
+            protocol={"size": size, "precision": args.precision, **protocol},
+            metrics=metrics | unreadable.for_json(),
+            seconds=time.perf_counter() - began, device=device,
+        )
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.error = distributed.fail
-    sub = parser.add_subparsers(dest="probe", required=True)
+def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    parser = run.Parser(description=__doc__)
+    probes = parser.add_subparsers(dest="probe", required=True, metavar="PROBE")
+    network = "ckpt checkpoint_key num_heads device precision json"
+    images = "data data_root download max_bad size"
+    loader = "num_workers batch_size"
 
-    def probe(name: str, text: str, description: str):
-        p = sub.add_parser(name, help=text, description=description,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.error, a = distributed.fail, p.add_argument
-        a("--ckpt", required=True,
-          help="checkpoint of any method, or random:ARCH/PATCH for the untrained row")
-        a("--checkpoint_key", help="weights other than the teacher's, by their name in the file")
-        a("--num_workers", type=int, default=2, help="loader processes (2)")
-        a("--device", default="auto", help="auto, cuda, mps or cpu")
-        a("--json", help="append the result to this file, one JSON line")
-        return p
+    p = probes.add_parser("knn", help="weighted k-nearest-neighbour accuracy", description=__doc__)
+    run.add_shared(p, f"{network} {images} classes val_data {loader}")
+    p.add_argument("--nb_knn", type=at_least(1), nargs="+", default=KS, help="values of k (10 20 50 100)")
+    p.add_argument("--temp", type=run.above(0.0), default=0.07, help="of the votes (default 0.07)")
 
-    def images(p, main):
-        a = p.add_argument
-        a("--data", required=True,
-          help="folder of class folders (train/ and val/), 'toy', or a torchvision set")
-        a("--val_data", help="folder of the test images, if it is not beside the train images")
-        a("--data_root", default="data", help="where torchvision keeps its sets")
-        a("--download", action="store_true", help="let torchvision download the named set")
-        a("--size", type=int,
-          help="pixels of the centre crop; 224 (paper) or the nearest multiple of the patch below")
-        a("--batch_size", type=int, default=128, help="images per forward (128)")
-        a("--cache", help="folder that keeps features, under a hash of the weights and files")
-        p.set_defaults(main=main)
-        return a
-    a = images(probe("knn", "weighted k-nearest-neighbour accuracy", __doc__), knn_main)
-    a("--nb_knn", type=int, nargs="+", default=list(KS), help="numbers of neighbours; the paper reports 10")
-    a("--temp", type=float, default=0.07, help="temperature of the votes (0.07)")
-    linseg.add_options(probe("linseg", "linear segmentation on frozen features", linseg.__doc__))
-    retrieval.add_options(probe("retrieval", "revisited Oxford and Paris", retrieval.__doc__))
-    a = images(probe("variance", "feature variance under crops and masks", __doc__), variance_main)
-    a("--limit", type=int, default=100, help="images, evenly spaced (100)")
-    a("--views", type=int, default=128, help="crops and maskings of each (paper 128)")
-    a("--seed", type=int, default=0, help="of the crops and maskings")
-    a = images(probe("layers", "k-NN and reconstruction from each block", __doc__), layers_main)
-    a("--blocks", type=int, nargs="+", help="blocks, from 1 (default: all)")
-    a("--coco", help="COCO folder: prompt IoU by block, as well (with --data toy: on toy scenes)")
-    a("--voc", help="VOCdevkit folder: the same")
-    a("--limit", type=int, default=200, help="scenes for the prompt IoU (200)")
-    a("--picture", default="layers.png", help="where the picture of reconstructions goes")
-    return parser
+    p = probes.add_parser("fewshot", help="5-way 1-shot classification", description=__doc__)
+    run.add_shared(p, f"{network} {images} {loader} seed")
+
+    p = probes.add_parser("variance", help="feature variance under crops and masks", description=__doc__)
+    run.add_shared(p, f"{network} {images} classes seed")
+    p.add_argument("--limit", type=at_least(1), default=100, help="images, evenly spaced (default 100)")
+    p.add_argument("--views", type=at_least(2), default=128, help="crops and maskings of each (paper 128)")
+
+    p = probes.add_parser("layers", help="k-NN and reconstruction of each block", description=__doc__)
+    run.add_shared(p, f"{network} {images} classes val_data {loader}")
+    p.add_argument("--blocks", type=at_least(1), nargs="+", help="blocks, from 1 (default: all)")
+    p.add_argument("--limit", type=at_least(1), default=200, help="scenes for the prompt IoU (default 200)")
+    p.add_argument("--picture", default="layers.png", help="of reconstructions (default layers.png)")
+    p = p.add_mutually_exclusive_group()
+    p.add_argument("--coco", help="COCO folder, for the prompt IoU (with --data toy: toy scenes)")
+    p.add_argument("--voc", help="VOCdevkit folder, for the same")
+
+    for name, about in (("linseg", "linear segmentation"), ("retrieval", "revisited Oxford and Paris")):
+        p = probes.add_parser(name, help=about)
+        if argv[:1] == [name]:
+            p.description = other_script(name).__doc__
+            other_script(name).add_options(p)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = get_parser().parse_args()
-    distributed.run(lambda: arguments.main(arguments))
+    run.script(main, get_args)
