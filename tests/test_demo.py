@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +20,17 @@ import torch
 from PIL import Image
 
 import demo
+import prompts
 import zeroshot
-from data import BadImage
+from checkpoint import load_backbone
+from images import BadImage
+from run import Mistake
 from toy import scene
 
-CPU, SIZE = torch.device("cpu"), 64
+CPU = torch.device("cpu")
+SIZE = 64
+NAME = "random:vit_micro/8"
+OTHER = "random:vit_micro/14"
 
 
 def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -33,13 +40,21 @@ def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def toy_picture(i: int = 0, size=(64, 80)) -> demo.Picture:
-    return demo.shown(torch.from_numpy(scene(i, size=size).image).permute(2, 0, 1), SIZE)
+    image = torch.from_numpy(scene(i, size=size).image)
+    return demo.shown(image.permute(2, 0, 1), SIZE)
+
+
+def opened(*paths: str) -> demo.Networks:
+    vits = {}
+    for path in paths:
+        vits[demo.new_name(path, vits)], _ = load_backbone(path)
+    return demo.Networks(vits, CPU, SIZE)
 
 
 @pytest.fixture
 def networks():
     """Two small networks that count their forwards in `calls`."""
-    made = demo.Networks(["random:vit_micro/8", "random:vit_micro/14"], CPU, SIZE)
+    made = opened(NAME, OTHER)
     made.calls = []
     for name, vit in made.vits.items():
         vit.blocks[0].register_forward_hook(lambda *_, name=name: made.calls.append(name))
@@ -48,8 +63,13 @@ def networks():
 
 # ------------------------------------------------- pictures and clicks
 @pytest.mark.parametrize("bad", [
-    b"hello, I am a picture", b"", None, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    content(Image.new("RGB", (64, 64)))[:60], content(Image.new("RGB", (64, 64), "red"), "JPEG")[:300]])
+    b"hello, I am a picture",
+    b"",
+    None,
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    content(Image.new("RGB", (64, 64)))[:60],
+    content(Image.new("RGB", (64, 64), "red"), "JPEG")[:300],
+])
 def test_a_file_that_is_no_picture_is_a_message(bad):
     with pytest.raises(BadImage, match="not a picture") as e:
         demo.open_upload(bad, SIZE)
@@ -75,102 +95,123 @@ def test_sizes(monkeypatch):
 
 def test_one_pixel(networks):
     p = demo.open_upload(content(Image.new("RGB", (1, 1), "red")), SIZE)
-    a = demo.answer(networks, demo.click(demo.Clicks(p), 0, 0), "random:vit_micro/8")
-    assert a.mask.shape == a.heat.shape[:2] == (64, 64) and demo.mask_file(a.mask, p.full).size == (1, 1)
+    a = demo.answer(networks, demo.Clicks(p).add(0, 0), NAME)
+    assert a.mask.shape == a.heat.shape[:2] == (64, 64)
+    assert a.file(p.full).size == (1, 1)
 
 
 def test_clicks():
     start = demo.Clicks(toy_picture())
     for x, y in ((-1, 3), (80, 3), (3, 64), (float("nan"), 3), (3, float("inf"))):
-        with pytest.raises(ValueError, match="outside of the picture, 80 pixels wide and 64 high"):
-            demo.click(start, x, y)
-    with pytest.raises(ValueError, match="first upload"):
-        demo.click(demo.Clicks(), 1, 1)
-    two = demo.click(demo.click(start, 79, 63), 5, 6, on=False)
+        with pytest.raises(Mistake, match="outside of the picture, 80 pixels wide and 64 high"):
+            start.add(x, y)
+    with pytest.raises(Mistake, match="first upload"):
+        demo.Clicks().add(1, 1)
+    two = start.add(79, 63).add(5, 6, on=False)
     assert two.of(True) == [(79, 63)] and two.of(False) == [(5, 6)] and start.points == ()
-    assert demo.undo(two) == demo.click(start, 79, 63) and demo.clear(two) == start == demo.undo(start)
+    assert two.undo() == start.add(79, 63)
+    assert two.clear() == start == start.undo()
 
 
 def test_keys_name_the_pixels():
-    a, b = toy_picture(0), toy_picture(1)
+    a = toy_picture(0)
+    b = toy_picture(1)
     assert a.key == toy_picture(0).key != b.key
-    zeros = [demo.shown(torch.zeros(3, *hw, dtype=torch.uint8), SIZE) for hw in ((20, 30), (30, 20))]
-    assert zeros[0].key != zeros[1].key
+    flat = demo.shown(torch.zeros(3, 20, 30, dtype=torch.uint8), SIZE)
+    high = demo.shown(torch.zeros(3, 30, 20, dtype=torch.uint8), SIZE)
+    assert flat.key != high.key
 
 
 # ------------------------------------------------- the answer
+@pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("threshold, stride", [("auto", None), (0.9, None), ("auto", 4)])
-def test_the_mask_is_that_of_zeroshot(networks, threshold, stride):
+def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
     """Exactly the cells that `zeroshot.py --image` draws, and `segment` of the map by hand."""
-    picture, on, off = toy_picture(), [(40, 30), (20, 33)], [(1, 1)]
-    clicks = demo.Clicks(picture, (*((*p, True) for p in on), *((*p, False) for p in off)))
-    a = demo.answer(networks, clicks, "random:vit_micro/8", threshold, 8 // (stride or 8))
-    vit = networks.vits["random:vit_micro/8"]
+    picture = toy_picture()
+    on = [(40, 30), (20, 33)]
+    off = [(1, 1)]
+    clicks = demo.Clicks(picture).add(*on[0]).add(*on[1]).add(*off[0], on=False)
+    S = stride or 8
+    a = demo.answer(networks, clicks, NAME, threshold, 8 // S, paper=paper)
     args = argparse.Namespace(size=SIZE, stride=stride, point=on, background_point=off, threshold=threshold,
-                              combine="max", upsample=True, heads=False, kmeans=2, seed=0)
-    cells = zeroshot.picture_row(vit, picture.image, CPU, args)
+                              combine="max", upsample=not paper, heads=False, kmeans=2, seed=0)
+    cells = zeroshot.picture_row(networks.vits[NAME], picture.image, CPU, args)
     assert cells[2][0].startswith("mask") and np.array_equal(a.cut, cells[2][1])
-    k = networks.tokens(picture, "random:vit_micro/8", 8 // (stride or 8))
-    tokens = [[zeroshot.token_at(p, (64, 80), (64, 80), 8, k.stride) for p in found] for found in (on, off)]
-    s = zeroshot.similarity_map(k.z, torch.tensor([tokens[0]]))
-    t = zeroshot.auto_threshold(s, 2).item() if threshold == "auto" else threshold
-    s = zeroshot.take_away(s, k.z, torch.tensor([tokens[1]]))
-    mask = zeroshot.segment(zeroshot.to_pixels(s, k.grid, 8, k.stride, True), t)[0].numpy()
+
+    _, z, grid = networks.tokens(picture, NAME, 8 // S)
+    on = [zeroshot.token_at(p, (64, 80), (64, 80), 8, S) for p in on]
+    off = [zeroshot.token_at(p, (64, 80), (64, 80), 8, S) for p in off]
+    maps = prompts.similarity_map(z, torch.tensor([on]))
+    t = prompts.auto_threshold(maps, 2).item() if threshold == "auto" else threshold
+    maps = prompts.take_away(maps, z, torch.tensor([off]))
+    mask = prompts.segment(prompts.to_pixels(maps, grid, 8, S, not paper), t)[0].numpy()
     assert a.t == pytest.approx(t, abs=1e-6) and (a.mask != mask).mean() < 1e-3 and 0 < mask.mean() < 1
 
 
+def test_as_in_the_paper_a_mask_is_of_whole_patches(networks):
+    clicks = demo.Clicks(toy_picture()).add(40, 30)
+    patches = demo.answer(networks, clicks, NAME, paper=True).mask.reshape(8, 8, 10, 8)
+    assert (patches == patches[:, :1, :, :1]).all()
+    smooth = demo.answer(networks, clicks, NAME).mask.reshape(8, 8, 10, 8)
+    assert not (smooth == smooth[:, :1, :, :1]).all()
+
+
 def test_background_layers_and_double_clicks(networks):
-    name, start = "random:vit_micro/8", demo.Clicks(toy_picture())
-    assert demo.answer(networks, start, name) is None
-    assert demo.answer(networks, demo.click(start, 1, 1, on=False), name) is None and not networks.calls
-    one = demo.click(start, 40, 30)
-    a, twice = demo.answer(networks, one, name), demo.answer(networks, demo.click(one, 40, 30), name)
+    start = demo.Clicks(toy_picture())
+    assert demo.answer(networks, start, NAME) is None
+    assert demo.answer(networks, start.add(1, 1, on=False), NAME) is None and not networks.calls
+    one = start.add(40, 30)
+    a = demo.answer(networks, one, NAME)
+    twice = demo.answer(networks, one.add(40, 30), NAME)
     assert np.array_equal(a.mask, twice.mask)
-    earlier = demo.answer(networks, one, name, layer=1)
-    x, z, _ = zeroshot.picture_tokens(networks.vits[name], start.picture.image, CPU, SIZE, None, -2)
-    assert torch.equal(z, networks.tokens(start.picture, name, 1, 1).z) and earlier.low != a.low
-    beside = demo.answer(networks, demo.click(one, 2, 2, on=False), name)
+    earlier = demo.answer(networks, one, NAME, layer=1)
+    _, z, _ = zeroshot.picture_tokens(networks.vits[NAME], start.picture.image, CPU, SIZE, None, -2)
+    assert torch.equal(z, networks.tokens(start.picture, NAME, 1, 1)[1]) and earlier.low != a.low
+    beside = demo.answer(networks, one.add(2, 2, on=False), NAME)
     assert a.mask[30, 40] and beside.mask.sum() < a.mask.sum()
 
 
 def test_a_second_click_does_not_run_the_network(networks):
-    name, clicks = "random:vit_micro/8", demo.click(demo.Clicks(toy_picture()), 40, 30)
-    first = demo.answer(networks, clicks, name)
-    for c in (demo.click(clicks, 10, 10), demo.undo(clicks), demo.clear(clicks), clicks):
+    clicks = demo.Clicks(toy_picture()).add(40, 30)
+    first = demo.answer(networks, clicks, NAME)
+    for c in (clicks.add(10, 10), clicks.undo(), clicks.clear(), clicks):
         for threshold in ("auto", 0.2, 0.8):
-            again = demo.answer(networks, c, name, threshold)
-    assert networks.calls == [name] and not np.array_equal(first.mask, again.mask)
-    demo.answer(networks, clicks, name, fine=2)
-    demo.answer(networks, clicks, name, layer=1)
-    demo.answer(networks, clicks, "random:vit_micro/14")
-    demo.answer(networks, demo.click(demo.Clicks(toy_picture(1)), 3, 3), name)
+            again = demo.answer(networks, c, NAME, threshold)
+            demo.answer(networks, c, NAME, threshold, paper=True)
+    assert networks.calls == [NAME] and not np.array_equal(first.mask, again.mask)
+    demo.answer(networks, clicks, NAME, fine=2)
+    demo.answer(networks, clicks, NAME, layer=1)
+    demo.answer(networks, clicks, OTHER)
+    demo.answer(networks, demo.Clicks(toy_picture(1)).add(3, 3), NAME)
     assert len(networks.calls) == 5
-    again = demo.answer(networks, demo.click(demo.Clicks(toy_picture(0)), 40, 30), name)  # uploaded again
+    again = demo.answer(networks, demo.Clicks(toy_picture(0)).add(40, 30), NAME)     # uploaded again
     assert len(networks.calls) == 5 and np.array_equal(first.mask, again.mask)
 
 
 def test_the_cache_is_bounded(networks):
-    name, pictures = "random:vit_micro/8", [toy_picture(i) for i in range(4)]
-    networks.tokens(pictures[0], name)
-    networks.budget = int(2.5 * networks.bytes)                  # room for two
+    pictures = [toy_picture(i) for i in range(4)]
+    networks.tokens(pictures[0], NAME)
+    networks.budget = int(2.5 * networks.nbytes())               # room for two
     for i in (1, 0, 2, 0, 1):                                    # 2 drops 1; then 1 is computed anew
-        networks.tokens(pictures[i], name)
+        networks.tokens(pictures[i], NAME)
     assert len(networks.calls) == 4 and len(networks.kept) == 2
-    assert networks.bytes == sum(t.z.nbytes + t.photo.nbytes for t in networks.kept.values())
+    assert networks.nbytes() == sum(x.nbytes + z.nbytes for x, z, _ in networks.kept.values()) > 0
 
 
 def test_users_at_once(networks):
     """Eight users, two pictures, two strides, one network: answers as of one alone, and four forwards."""
-    name, jobs = "random:vit_micro/8", [(i % 2, 1 + i // 2 % 2) for i in range(8)]
-    clicks = [demo.click(demo.Clicks(toy_picture(i)), 40, 30) for i in range(2)]
-    alone = demo.Networks([name], CPU, SIZE)
-    wanted = {job: demo.answer(alone, clicks[job[0]], name, fine=job[1]) for job in jobs}
-    found, start = {}, threading.Barrier(len(jobs))
+    jobs = [(i % 2, 1 + i // 2 % 2) for i in range(8)]
+    clicks = [demo.Clicks(toy_picture(i)).add(40, 30) for i in range(2)]
+    alone = opened(NAME)
+    wanted = {job: demo.answer(alone, clicks[job[0]], NAME, fine=job[1]) for job in jobs}
+    found = {}
+    start = threading.Barrier(len(jobs))
 
     def user(number, job):
         start.wait()
         for _ in range(5):
-            found[number] = demo.answer(networks, clicks[job[0]], name, fine=job[1])
+            found[number] = demo.answer(networks, clicks[job[0]], NAME, fine=job[1])
+
     threads = [threading.Thread(target=user, args=x) for x in enumerate(jobs)]
     for t in threads:
         t.start()
@@ -181,32 +222,46 @@ def test_users_at_once(networks):
 
 
 def test_what_a_network_does_not_have_is_a_message(networks):
-    clicks = demo.click(demo.Clicks(toy_picture()), 40, 30)
-    with pytest.raises(ValueError, match="a patch of 14 pixels has no stride of 1/4"):
-        demo.answer(networks, clicks, "random:vit_micro/14", fine=4)
-    with pytest.raises(ValueError, match="4 blocks: at most 3 before the last"):
-        demo.answer(networks, clicks, "random:vit_micro/8", layer=4)
+    clicks = demo.Clicks(toy_picture()).add(40, 30)
+    with pytest.raises(Mistake, match="a patch of 14 pixels has no stride of 1/4"):
+        demo.answer(networks, clicks, OTHER, fine=4)
+    with pytest.raises(Mistake, match="4 blocks: at most 3 before the last"):
+        demo.answer(networks, clicks, NAME, layer=4)
     networks.size = 800
-    with pytest.raises(ValueError, match="tokens, more than"):
-        demo.answer(networks, clicks, "random:vit_micro/8", fine=2)
+    with pytest.raises(Mistake, match="tokens, more than"):
+        demo.answer(networks, clicks, NAME, fine=2)
     assert not networks.calls
 
 
 # ------------------------------------------------- the command
-def test_names_and_the_newest_checkpoint(tmp_path, monkeypatch):
-    names = demo.Networks(["random:vit_micro/16"] * 2, CPU).vits
-    assert list(names) == ["random:vit_micro/16", "random:vit_micro/16 (2)"]
-    named = demo.Networks([], CPU)
-    assert [named.name(p) for p in ("out/a/backbone.pth", "x/dino.pth")] == ["a/backbone", "dino"]
+def test_names(tmp_path):
+    assert list(opened("random:vit_micro/16", "random:vit_micro/16").vits) == [
+        "random:vit_micro/16", "random:vit_micro/16 (2)"]
+    assert demo.new_name("out/a/backbone.pth", {}) == "a/backbone"
+    assert demo.new_name("x/dino.pth", {}) == "dino"
+
+
+def test_the_weights_in_the_box_or_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="run python pretrain.py"):
-        demo.newest()
+    monkeypatch.setattr(demo, "BOX", tmp_path / "mmc.pth")
+    with pytest.raises(Mistake, match="run python pretrain.py"):
+        demo.default_ckpt()
     for age, name in ((5, "out/b/backbone.pth"), (1, "out/backbone.pth"), (9, "out/a/backbone.pth")):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (time.time() - age,) * 2)
-    assert demo.newest() == os.path.join("out", "backbone.pth")
+    assert demo.default_ckpt() == os.path.join("out", "backbone.pth")
+    (tmp_path / "mmc.pth").touch()
+    os.utime(tmp_path / "mmc.pth", (0, 0))
+    assert demo.default_ckpt() == str(tmp_path / "mmc.pth")
+
+
+def test_examples_in_the_box():
+    found = demo.box_examples(60)
+    assert [p.full for p in found] == [(300, 451), (400, 600)] + 4 * [(60, 60)]
+    for name in demo.PHOTOS:
+        assert Path(name).stem in demo.CREDIT
 
 
 def test_example_folders(tmp_path, capsys):
@@ -216,38 +271,50 @@ def test_example_folders(tmp_path, capsys):
     found = demo.folder_examples(str(tmp_path), 30)
     assert len(found) == demo.EXAMPLES - 1 and found[-1].image[0, 0, 0] == 8 * 29
     assert "00.png" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(Mistake, match="nowhere: expected a folder"):
         demo.folder_examples("nowhere", SIZE)
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("", "pip install -r requirements-demo.txt"), ("--size 5", "16 ... 2048"), ("--bogus", "unrecognized"),
-    ("--size 16", "run python pretrain.py"), ("--size 16 --ckpt nope.pth", "nope.pth: no such checkpoint"),
-    ("--images nowhere", "no such folder")])
+    ("", "pip install -r requirements-demo.txt"),
+    ("--size 5", "16 to 2048"),
+    ("--bogus", "unrecognized"),
+    ("--size 16", "run python pretrain.py"),
+    ("--size 16 --ckpt nope.pth", "nope.pth: no such checkpoint"),
+    ("--images nowhere", "nowhere: expected a folder"),
+])
 def test_mistakes_are_one_line_and_code_2(words, reason, tmp_path, monkeypatch, capsys):
+    """demo.py alone, with its photographs, as in a clone without mmc.pth."""
     monkeypatch.setitem(sys.modules, "gradio", None if not words else argparse)
     monkeypatch.setattr(sys, "argv", ["demo.py", *words.split()])
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in ("demo.py", *demo.PHOTOS):
+        shutil.copy(demo.HERE / name, tmp_path / name)
     with pytest.raises(SystemExit) as e:
-        runpy.run_path(demo.__file__, run_name="__main__")
+        runpy.run_path("demo.py", run_name="__main__")
     err = capsys.readouterr().err
     assert e.value.code == 2 and reason in err and err.count("\n") == 1 and err.startswith("demo.py: ")
 
 
 # ------------------------------------------------- the page, in a browser
 @pytest.fixture(scope="module")
-def server():
-    """(address, networks, examples) of a running page."""
+def gradio():
     os.environ |= demo.OFFLINE
-    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
-    networks = demo.Networks(["random:vit_micro/8", "random:vit_micro/14"], CPU, SIZE)
+    return pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
+
+
+@pytest.fixture(scope="module")
+def server(gradio):
+    """(address, networks, examples) of a running page."""
+    networks = opened(NAME, OTHER)
     examples = [toy_picture(i, (96, 120)) for i in range(3)]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    blocks = demo.page(networks, examples)
-    yield demo.launch(blocks, "127.0.0.1", port, wait=False), networks, examples
+    blocks = demo.page(gradio, networks, examples, "Photographs: by Someone.")
+    yield demo.launch(blocks, "127.0.0.1", port), networks, examples
     blocks.close()
 
 
@@ -264,17 +331,19 @@ def browser():
         chromium.close()
 
 
-def test_a_port_that_is_taken_is_a_message(server):
+def test_a_port_that_is_taken_is_a_message(gradio, server):
     port = int(server[0].rstrip("/").rsplit(":", 1)[1])
-    with pytest.raises(OSError, match=f"port {port}: give another --port"):
-        demo.launch(demo.page(*server[1:]), "127.0.0.1", port, wait=False)
+    with pytest.raises(Mistake, match=f"port {port}: give another --port"):
+        demo.launch(demo.page(gradio, *server[1:]), "127.0.0.1", port)
 
 
-def visit(browser, address):
+def visit(browser, address, width=1300, height=900):
     """A new user's tab; what it asks for and complains about is in `tab.asked` and `tab.errors`."""
-    tab = browser.new_context(viewport={"width": 1300, "height": 900}, accept_downloads=True).new_page()
+    size = {"width": width, "height": height}
+    tab = browser.new_context(viewport=size, accept_downloads=True).new_page()
     tab.set_default_timeout(30_000)
-    tab.asked, tab.errors = [], []
+    tab.asked = []
+    tab.errors = []
     tab.on("request", lambda r: tab.asked.append(r.url))
     tab.on("console", lambda m: tab.errors.append(m.text) if m.type == "error" else None)
     tab.on("pageerror", lambda e: tab.errors.append(str(e)))
@@ -300,15 +369,16 @@ def mask_of(tab):
     return np.asarray(Image.open(download.value.path()).convert("1"))
 
 
-def wanted(networks, picture, points, threshold="auto"):
+def wanted(networks, picture, points, threshold="auto", paper=False):
     """What the file should hold, and the answer that it is made of."""
-    a = demo.answer(networks, demo.Clicks(picture, tuple(points)), "random:vit_micro/8", threshold)
-    return np.asarray(demo.mask_file(a.mask, picture.full)), a
+    a = demo.answer(networks, demo.Clicks(picture, tuple(points)), NAME, threshold, paper=paper)
+    return np.asarray(a.file(picture.full)), a
 
 
 def test_click_slider_undo_in_a_browser(server, browser):
     address, networks, examples = server
-    tab, picture = visit(browser, address), examples[1]
+    tab = visit(browser, address)
+    picture = examples[1]
     x, y = 40, 32                                                # both in the middle of a pixel's patch
     pick(tab, 1)
     tab.get_by_text("Now click on an object.").wait_for()
@@ -334,15 +404,46 @@ def test_click_slider_undo_in_a_browser(server, browser):
     assert np.array_equal(mask_of(tab), less)
     tab.locator("#undo").click()
     tab.get_by_text(f"The mask is {a.mask.mean():.1%}").wait_for()
+
+    tab.locator("#paper input").check()
+    patches, c = wanted(networks, picture, [(x, y, True)], paper=True)
+    tab.get_by_text(f"The mask is {c.mask.mean():.1%}").wait_for()
+    assert np.array_equal(mask_of(tab), patches) and not np.array_equal(patches, mask)
     tab.locator("#clear").click()
     tab.get_by_text("Now click on an object.").wait_for()
     assert not tab.errors and tab.asked
     assert all(url.startswith((address, "data:", "blob:")) for url in tab.asked)
 
 
+def test_what_is_to_see_on_a_screen_and_on_a_phone(server, browser):
+    """Weights and credit are named, thumbnails are whole, results have their labels, and the pictures come
+    before the settings."""
+    address, networks, examples = server
+    for width, height in ((1280, 860), (390, 844)):
+        tab = visit(browser, address, width, height)
+        tab.get_by_text(f"Weights: {NAME}, {OTHER}.").wait_for()
+        tab.get_by_text("Photographs: by Someone.").wait_for()
+        thumb = tab.locator("#examples img").nth(0)
+        thumb.wait_for()
+        whole = thumb.evaluate("i => i.naturalWidth / i.naturalHeight / (i.clientWidth / i.clientHeight)")
+        assert whole == pytest.approx(1, abs=0.05)
+        pick(tab, 0)
+        click_at(tab, examples[0], 50, 30)
+        tab.locator("#mask0 img").wait_for()
+        assert tab.locator("label").get_by_text("similarity, ").is_visible()
+        assert tab.locator("label").get_by_text("mask, t = ").is_visible()
+        settings = tab.locator("#auto").bounding_box()["y"]
+        for name in ("#photo img", "#mask0 img"):
+            box = tab.locator(name).bounding_box()
+            assert box["y"] + box["height"] < min(settings, height)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
 def test_two_users_and_strange_files_in_a_browser(server, browser, tmp_path):
     address, networks, examples = server
-    one, other = visit(browser, address), visit(browser, address)
+    one = visit(browser, address)
+    other = visit(browser, address)
     pick(one, 0)
     click_at(one, examples[0], 50, 30)
     one.locator("#mask0 img").wait_for()
@@ -359,18 +460,17 @@ def test_two_users_and_strange_files_in_a_browser(server, browser, tmp_path):
     other.locator("#mask0 img").wait_for()
     mask, _ = wanted(networks, examples[0], [(50, 30, True)])
     assert np.array_equal(mask_of(one), mask)                    # nothing of this changed the other's
-    second = one.locator("#second input")
-    second.click()
-    one.get_by_role("option", name="random:vit_micro/14").click()
+    one.locator("#second input").click()
+    one.get_by_role("option", name=OTHER).click()
     one.locator("#mask1 img").wait_for()
     assert not one.errors and not other.errors
 
 
-def test_no_file_and_no_address_of_a_client_is_opened(server, tmp_path, monkeypatch):
+def test_no_file_and_no_address_of_a_client_is_opened(gradio, server, tmp_path, monkeypatch):
     """Events made by hand, not by the page: a picture, or a setting, named by a path or by an address."""
-    import gradio
     import httpx
-    address, asked = server[0], []
+    address = server[0]
+    asked = []
 
     async def fetched(url, **_):
         asked.append(url)
@@ -379,13 +479,17 @@ def test_no_file_and_no_address_of_a_client_is_opened(server, tmp_path, monkeypa
     api = f"{address}gradio_api/"
     for path in ("/etc/passwd", os.path.abspath("README.md"), f"{tmp_path}/x", "../README.md"):
         assert httpx.get(f"{api}file={path}").status_code in (403, 404)
+
     config = httpx.get(f"{address}config").json()
     event = next(d for d in config["dependencies"] if d["api_name"] == "on_upload")
+    parts = {part["id"]: part for part in config["components"]}
+    kinds = [parts[i]["type"] for i in event["inputs"]]
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     for path in (str(tmp_path / "x.png"), "http://example.org/x.png"):
-        for place in (0, 2):
-            data = [None, None, "random:vit_micro/8", demo.NONE, True, 0.5, 1, 0]
-            data[place] = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+        for kind in ("uploadbutton", "dropdown"):
+            data = [parts[i]["props"].get("value") for i in event["inputs"]]
+            file = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+            data[kinds.index(kind)] = file
             body = {"fn_index": event["id"], "session_hash": "byhand", "data": data}
             assert httpx.post(f"{api}queue/join", json=body).status_code == 200
             with httpx.stream("GET", f"{api}queue/data?session_hash=byhand", timeout=20) as lines:
