@@ -1,7 +1,7 @@
-"""Image retrieval on the revisited Oxford and Paris sets (Table 9): mAP, mP@k, Medium, Hard.
+"""Image retrieval on the revisited Oxford and Paris sets (Table 9): mAP and mP@k, Medium and Hard.
 
     python probes.py retrieval --ckpt mmc.pth --data /data/roxford5k
-    python probes.py retrieval --ckpt mmc.pth --data /data/rparis6k --imsize 1024 --multi_scale
+    python probes.py retrieval --ckpt mmc.pth dino.pth --data /data/rparis6k --imsize 1024 --multi_scale
 
 Layout, as published: DIR/jpg/NAME.jpg and DIR/gnd_roxford5k.pkl (any gnd_*.pkl): {"imlist", "qimlist", "gnd":
 [{"bbx", "easy", "hard", "junk"} per query]}.  The pickle is opened by an unpickler that builds lists, dicts,
@@ -9,13 +9,15 @@ numbers and numpy arrays and refuses all else.
 
 An image: long side at most --imsize (never enlarged), sides floored to whole patches; CLS (or PAT) of the
 last block, averaged over the scales, L2-normalised; dot products.  A query is cropped to its box, as the
-sets' authors say; --no-query_crop is DINO's habit.
+sets' authors say; --no-query_crop is DINO's habit.  Boxes are in stored pixels, so EXIF turns no image.
 Medium: easy and hard count, junk is taken out.  Hard: hard counts, junk and easy are taken out.  AP by
-trapezoids.  Queries without a positive are left out of the mean.  Paper (MMC, ViT-S): see its Table 9.
+trapezoids.  Queries without a positive are left out of the mean.  Paper: see its Table 9, all rows ViT-B.
 
 Shapes: Q queries, n images of the database, D width."""
 import argparse
 import pickle
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,59 +27,104 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
+import checkpoint
 import figure
-from checkpoint import load_backbone
-from data import normalize, read_image
+import run
+from data import digest, walk
+from images import BadImage, Unreadable, normalize, read_image, resize
 from model import ViT
+from run import Mistake, at_least
 
 KAPPAS = (1, 5, 10)
-SETUPS = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("junk", "easy"))}
-SAFE = {(f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")}
-SAFE |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+KINDS = ("easy", "hard", "junk")
+SETUPS = {                               # which images count, and which are taken out of the ranking
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+PROTOCOL = ("head", "imsize", "scales", "query_crop", "precision")
+ALLOWED = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.bytes", "__builtin__.bytes"}
+for maker in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"):
+    ALLOWED |= {f"numpy.core.{maker}", f"numpy._core.{maker}"}
 
 
+# ------------------------------------------------- the set
 class Plain(pickle.Unpickler):
-    """Reads numbers, strings, containers and numpy arrays; raises UnpicklingError for anything else."""
+    """Reads numbers, strings, containers and numpy arrays, which need what is ALLOWED; raises UnpicklingError
+    for anything else."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in SAFE:
+        if f"{module}.{name}" not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
         return super().find_class(module, name)
 
 
 def read_truth(path: Path) -> dict:
-    """A gnd_*.pkl -> {"imlist": [n names], "qimlist": [Q names], "gnd": [Q dicts]}.  Raises ValueError."""
+    """A gnd_*.pkl -> {"imlist": [n names], "qimlist": [Q names], "gnd": [Q dicts]}.  Raises Mistake."""
     try:
         with open(path, "rb") as f:
             truth = Plain(f, encoding="latin1").load()
-        n = len(truth["imlist"])
-        for q, g in zip(truth["qimlist"], truth["gnd"], strict=True):
-            wrong = [i for k in ("easy", "hard", "junk") for i in g[k] if not 0 <= int(i) < n]
-            if wrong or len(g["bbx"]) != 4:
-                raise ValueError(f"query {q}: index {wrong[0]} of {n} images" if wrong else
-                                 f"query {q}: a box of {len(g['bbx'])} numbers")
-    except Exception as e:                                             # a damaged pickle raises anything
-        said = f"no {e}" if isinstance(e, KeyError) else str(e)
-        raise ValueError(f"{path}: not a ground truth of the revisited sets ({said}); expected imlist, "
-                         "qimlist, gnd with bbx, easy, hard, junk") from e
+        check_truth(truth["imlist"], truth["qimlist"], truth["gnd"])
+    except Exception as e:               # what is no such pickle can raise almost any kind
+        what = f"no {e}" if isinstance(e, KeyError) else e
+        raise Mistake(f"{path}: not a ground truth of the revisited sets ({what}); expected imlist, qimlist, "
+                      "and gnd with bbx, easy, hard, junk") from e
     return truth
 
 
-# ------------------------------------------------- features
-@torch.no_grad()
-def describe(vit: ViT, image: Tensor, imsize: int, scales: tuple[float, ...], head: str, device) -> Tensor:
-    """(3, H, W) uint8 -> (D,) L2-normalised: CLS or PAT, the mean over the scales of the image."""
-    P, total = vit.patch_size, 0.0
-    H, W = image.shape[1:]
-    for scale in scales:
-        k = min(1.0, imsize / max(H, W)) * scale
-        size = [max(P, int(s * k + 1e-6) // P * P) for s in (H, W)]
-        x = F.interpolate(image[None].float() / 255, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = vit(normalize(x.to(device)))[0].float()
-        total = total + (tokens[0] if head == "cls" else tokens[vit.num_prefix_tokens:].mean(0))
-    return F.normalize(total, dim=0).cpu()
+def check_truth(imlist: list, qimlist: list, gnd: list) -> None:
+    """Raises ValueError for images that do not exist and boxes that are none."""
+    n = len(imlist)
+    for query, known in zip(qimlist, gnd, strict=True):
+        for i in numbers(known, KINDS):
+            if not 0 <= i < n:
+                raise ValueError(f"query {query}: index {i} of {n} images")
+        if len(known["bbx"]) != 4 or not np.isfinite(known["bbx"]).all():
+            raise ValueError(f"query {query}: a box of {len(known['bbx'])} numbers, {known['bbx']}")
+
+
+def numbers(known: dict, kinds: tuple[str, ...]) -> np.ndarray:
+    """The images of some kinds, in a query's ground truth."""
+    lists = [np.ravel(known[kind]) for kind in kinds]
+    return np.concatenate(lists).astype(int)
+
+
+class Revisited:
+    """The images of a set: n of the database, and then the queries.  Raises Mistake."""
+
+    def __init__(self, root: str):
+        folder = Path(root) / "jpg"
+        found = sorted(Path(root).glob("gnd_*.pkl"))
+        if len(found) != 1 or not folder.is_dir():
+            raise Mistake(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found {len(found)} "
+                          f"gnd_*.pkl and {'a' if folder.is_dir() else 'no'} jpg/")
+        truth = read_truth(found[0])
+        names = [*truth["imlist"], *truth["qimlist"]]
+        left_out = Counter()
+        there = {Path(file).stem: file for file in sorted(walk(folder, left_out))}
+        lost = set(names) - there.keys()
+        if lost:
+            raise Mistake(f"{folder}: {len(lost)} of {len(names)} images are missing, such as {min(lost)}")
+        self.root = root
+        self.title = found[0].stem.removeprefix("gnd_")
+        self.files = [there[name] for name in names]
+        self.n = len(truth["imlist"])
+        self.gnd = truth["gnd"]
+        left_out["images without a role"] = len(there.keys() - set(names))
+        left = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
+        self.about = f"{len(self.gnd)} queries, {self.n} images" + (f", left out: {left}" if left else "")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return self.files[i]
+
+    def read(self, i: int, crop: bool) -> Tensor:
+        """(3, H, W) uint8; of a query only its box, if crop.  Raises BadImage."""
+        image = read_image(self.files[i], upright=False)
+        if crop and i >= self.n:
+            return cropped(image, self.gnd[i - self.n]["bbx"])
+        return image
 
 
 def cropped(image: Tensor, box) -> Tensor:
@@ -87,12 +134,29 @@ def cropped(image: Tensor, box) -> Tensor:
     return part if part.numel() else image
 
 
-def upright_box(path: Path, box):
-    """Boxes are in the file's own pixels; a picture that EXIF turns is never asked for in these sets."""
-    with Image.open(path) as im:
-        if ImageOps.exif_transpose(im).size != im.size:
-            raise ValueError(f"{path}: is turned by its EXIF tag, so its query box does not fit")
-    return box
+# ------------------------------------------------- features
+@torch.no_grad()
+def describe(vit: ViT, image: Tensor, imsize: int, scales: list[float], head: str, device) -> Tensor:
+    """(3, H, W) uint8 -> (D,) L2-normalised: CLS or PAT, the mean over the scales of the image."""
+    P = vit.patch_size
+    sides = image.shape[1:]
+    total = 0.0
+    for scale in scales:
+        factor = min(1.0, imsize / max(sides)) * scale
+        size = [max(P, int(side * factor + 1e-6) // P * P) for side in sides]
+        x = resize(image.float() / 255, size).clamp(0, 1)
+        x = normalize(x.to(device))
+        tokens = vit(x[None], cls_only=head == "cls")[0]               # (T, D), or (1, D)
+        if head == "pat":
+            tokens = tokens[vit.num_prefix_tokens:]
+        total = total + tokens.float().mean(0)
+    return F.normalize(total, dim=0).cpu()
+
+
+def search(queries: Tensor, database: Tensor) -> np.ndarray:
+    """(Q, D), (n, D) -> (Q, n) image numbers, best first; ties in the database's order."""
+    similarity = queries @ database.T
+    return similarity.argsort(dim=1, descending=True, stable=True).numpy()
 
 
 # ------------------------------------------------- the score
@@ -101,103 +165,129 @@ def average_precision(ranks: np.ndarray, positives: int) -> float:
 
         AP = 1/positives * sum_j (P_before + P_at) / 2,  P_at = (j + 1) / (rank_j + 1),
         P_before = j / rank_j, and 1 at rank 0"""
-    j, ranks = np.arange(len(ranks)), np.sort(np.asarray(ranks)).astype(float)
+    ranks = np.sort(ranks).astype(float)
+    j = np.arange(len(ranks))
     before = np.where(ranks > 0, j / np.maximum(ranks, 1), 1.0)
-    return float((before + (j + 1) / (ranks + 1)).sum() / 2 / positives)
+    at = (j + 1) / (ranks + 1)
+    return float((before + at).sum() / 2 / positives)
 
 
 def places(order: np.ndarray, positive, junk) -> np.ndarray:
     """Places of the positives in a ranking (n,) of image numbers once the junk is taken out, from 0."""
-    kept = order[~np.isin(order, np.asarray(junk, dtype=int))]
-    return np.flatnonzero(np.isin(kept, np.asarray(positive, dtype=int)))
+    kept = order[~np.isin(order, junk)]
+    return np.flatnonzero(np.isin(kept, positive))
 
 
 def evaluate(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
-    """{"map", "mp@1", ... , "queries"}: percent, means over the queries that have a positive.
+    """{"map", "mp@1", ...}: percent, means over the queries that have a positive; "queries": how many do.
 
     order: (Q, n) image numbers, best first."""
-    positive, junk = ([np.concatenate([np.asarray(g[k], dtype=int).ravel() for k in names]) for g in gnd]
-                      for names in SETUPS[setup])
+    positive, junk = SETUPS[setup]
     rows = []
-    for ranking, good, bad in zip(order, positive, junk, strict=True):
-        if len(good):
-            at = places(ranking, good, bad)
-            top = [min(at.max() + 1, k) for k in KAPPAS]               # as the sets' authors
-            rows.append([average_precision(at, len(good)), *((at < k).sum() / k for k in top)])
-    means = 100 * np.mean(rows, 0) if rows else np.full(1 + len(KAPPAS), np.nan)
-    return dict(zip(["map", *(f"mp@{k}" for k in KAPPAS)], map(float, means), strict=True)) | {
-        "queries": len(rows)}
+    for ranking, known in zip(order, gnd, strict=True):
+        found = places(ranking, numbers(known, positive), numbers(known, junk))
+        if len(found) == 0:
+            continue
+        row = [average_precision(found, len(found))]
+        for kappa in KAPPAS:
+            top = min(found.max() + 1, kappa)                          # as the sets' authors
+            row.append((found < top).sum() / top)
+        rows.append(row)
+    means = 100 * np.mean(rows, axis=0) if rows else np.full(1 + len(KAPPAS), np.nan)
+    names = ["map", *(f"mp@{kappa}" for kappa in KAPPAS)]
+    return dict(zip(names, means.tolist(), strict=True)) | {"queries": len(rows)}
 
 
-def search(queries: Tensor, database: Tensor, chunk: int = 64) -> np.ndarray:
-    """(Q, D), (n, D) -> (Q, n) image numbers, best first; ties in the database's order."""
-    return torch.cat([(q @ database.T).argsort(dim=1, descending=True, stable=True)
-                      for q in queries.split(chunk)]).numpy()
+# ------------------------------------------------- the script
+def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[int], Unreadable]:
+    """(Q, n) image numbers, best first, and the numbers of the Q queries: those that can be read."""
+    unreadable = Unreadable(len(images), args.max_bad)
+    features = {}
+    for i in tqdm(range(len(images)), "features", mininterval=1):
+        try:
+            image = images.read(i, args.query_crop)
+        except BadImage as e:
+            unreadable.note(str(e))
+            continue
+        features[i] = describe(vit, image, args.imsize, args.scales, args.head, device)
+    readable = np.array(list(features))
+    stacked = torch.stack(list(features.values()))                     # (n + Q, D)
+    n = (readable < images.n).sum()
+    order = search(stacked[n:], stacked[:n])
+    queries = readable[n:] - images.n
+    return readable[order], queries.tolist(), unreadable
+
+
+def report(images: Revisited, order: np.ndarray, queries: list[int]) -> dict:
+    """Print the scores; returns them for JSON."""
+    metrics = {}
+    for setup in SETUPS:
+        result = evaluate(order, [images.gnd[query] for query in queries], setup)
+        shown = "  ".join(f"mP@{kappa} {result[f'mp@{kappa}']:.2f}" for kappa in KAPPAS)
+        without = len(queries) - result["queries"]
+        left = f"; {without} without a positive are left out" if without else ""
+        print(f"{setup:>7}  mAP {result['map']:.2f}  {shown}   ({result['queries']} of {len(images.gnd)} "
+              f"queries{left})")
+        metrics[setup] = result
+    return metrics
+
+
+def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop: bool) -> list[tuple]:
+    """The first queries with their best results, each said to be easy, hard, junk or wrong."""
+    def square(i: int) -> np.ndarray:
+        photo = Image.fromarray(images.read(i, crop).permute(1, 2, 0).numpy())
+        return np.asarray(ImageOps.pad(photo, (figure.CELL, figure.CELL)))
+
+    rows = []
+    for query, ranking in zip(queries[:6], order, strict=False):
+        place = images.n + query
+        panels = [("query", square(place))]
+        for i in ranking[:5]:
+            known = [kind for kind in KINDS if i in numbers(images.gnd[query], (kind,))]
+            panels.append((known[0] if known else "wrong", square(i)))
+        rows.append((Path(images.name(place)).stem, panels))
+    return rows
 
 
 def main(args: argparse.Namespace) -> None:
-    distributed.check_outputs(args, "json", "picture")
-    device, root = distributed.init(args.device), Path(args.data)
-    distributed.one_process("probes.py retrieval")
-    found = sorted(root.glob("gnd_*.pkl"))
-    if len(found) != 1 or not (root / "jpg").is_dir():
-        raise ValueError(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found "
-                         f"{len(found)} gnd_*.pkl and {'a' if (root / 'jpg').is_dir() else 'no'} jpg/")
-    truth = read_truth(found[0])
-    names, queries, gnd = truth["imlist"], truth["qimlist"], truth["gnd"]
-    files = [root / "jpg" / f"{n}.jpg" for n in [*names, *queries]]
-    lost = [f for f in files if not f.is_file()]
-    if lost:
-        raise ValueError(f"{root}: {len(lost)} of {len(files)} images are missing, the first {lost[0]}")
-    vit, report = load_backbone(args.ckpt, args.checkpoint_key)
-    vit = vit.to(device)
-    scales = (1, 2 ** -0.5, 0.5) if args.multi_scale else (1,)
-    print(report)
-    print(f"retrieval, {found[0].stem[4:]}: {len(queries)} queries{', cropped' if args.query_crop else ''}, "
-          f"{len(names)} images, {args.head.upper()}, long side {args.imsize}, "
-          f"scales {', '.join(f'{s:.3g}' for s in scales)}")
-    features = torch.empty(len(files), vit.embed_dim)
-    for i, path in enumerate(tqdm(files, "features", mininterval=1)):
-        image = read_image(path)
-        if i >= len(names) and args.query_crop:
-            image = cropped(image, upright_box(path, gnd[i - len(names)]["bbx"]))
-        features[i] = describe(vit, image, args.imsize, scales, args.head, device)
-    order = search(features[len(names):], features[:len(names)])
-    result = {setup: evaluate(order, gnd, setup) for setup in SETUPS}
-    for setup, r in result.items():
-        print(f"{setup:>7}  mAP {r['map']:.2f}  " + "  ".join(f"mP@{k} {r[f'mp@{k}']:.2f}" for k in KAPPAS)
-              + f"   ({r['queries']} of {len(queries)} queries)")
-    if args.picture:
-        picture(root, truth, order, args.query_crop).save(args.picture)
-        print(f"look at {args.picture}")
-    distributed.append_json(args.json, {
-        "probe": "retrieval", "ckpt": args.ckpt, "data": args.data, "head": args.head, "imsize": args.imsize,
-        "scales": scales, "query_crop": args.query_crop, **result})
-
-
-def picture(root: Path, truth: dict, order: np.ndarray, crop: bool, n: int = 6, top: int = 5) -> Image.Image:
-    """The first queries with their best results, each said to be easy, hard, junk or wrong."""
-    def square(image: Tensor) -> np.ndarray:
-        whole = ImageOps.pad(Image.fromarray(image.permute(1, 2, 0).numpy()), (figure.CELL, figure.CELL))
-        return np.asarray(whole)
+    device = run.begin(args, one_process=True)
+    run.check_outputs(args, "json", "picture")
+    images = Revisited(args.data)
+    print(f"retrieval, {images.title}: {images.about}")
+    args.scales = [1, 2 ** -0.5, 0.5] if args.multi_scale else [1]
+    protocol = {name: getattr(args, name) for name in PROTOCOL}
+    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    vits = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
     rows = []
-    for name, g, ranking in list(zip(truth["qimlist"], truth["gnd"], order, strict=True))[:n]:
-        query = read_image(root / "jpg" / f"{name}.jpg")
-        cells = [("query", square(cropped(query, g["bbx"]) if crop else query))]
-        for i in ranking[:top]:
-            kind = next((k for k in ("easy", "hard", "junk") if i in np.asarray(g[k])), "wrong")
-            cells.append((kind, square(read_image(root / "jpg" / f"{truth['imlist'][i]}.jpg"))))
-        rows.append((name, cells))
-    return figure.sheet(rows)
+    for ckpt, vit in zip(args.ckpt, vits, strict=True):
+        started = time.time()
+        order, queries, unreadable = rank(vit, images, args, device)
+        unreadable.say()
+        print(checkpoint.short_name(ckpt))
+        metrics = report(images, order, queries) | unreadable.for_json()
+        run.record(
+            args.json, eval="retrieval", ckpt=ckpt, weights=checkpoint.digest(vit),
+            data=args.data, data_digest=digest(images), protocol=protocol,
+            metrics=metrics, seconds=time.time() - started, device=device,
+        )
+        if args.picture:
+            rows += picture_rows(images, order, queries, args.query_crop)
+    if args.picture:
+        with run.writing(args.picture):
+            figure.sheet(rows).save(args.picture)
+        print(f"look at {args.picture}")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
+    run.add_shared(p, "ckpt checkpoint_key num_heads")
     a("--data", required=True, help="folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl")
     a("--head", default="cls", choices=["cls", "pat"], help="which feature describes an image")
-    a("--imsize", type=int, default=224, help="pixels of the long side (DINO 224; the sets' authors 1024)")
+    a("--imsize", type=at_least(1), default=224,
+      help="pixels of the long side (DINO 224; the sets' authors 1024)")
     a("--multi_scale", action="store_true", help="average over scales 1, 1/sqrt(2), 1/2")
     a("--query_crop", default=True, action=argparse.BooleanOptionalAction,
       help="[D] crop a query to its box (the sets' authors: yes; DINO: no)")
     a("--picture", help="write the first queries and their best results to this PNG")
+    run.add_shared(p, "max_bad device precision json")
     p.set_defaults(main=main)
