@@ -42,7 +42,7 @@ from model import ViT
 from run import Mistake, at_least
 
 MAY_CHANGE = {"ckpt", "checkpoint_key", "data", "output_dir", "num_workers", "save_every", "log_every",
-              "max_bad", "device", "force", "json"}
+              "max_bad", "device", "force", "json", "stop_at"}
 PROTOCOL = "layout blocks crop iters warmup_iters batch_size lr weight_decay seed precision".split()
 
 
@@ -116,10 +116,11 @@ def loss_of(model: nn.Module, batch: dict, device: torch.device) -> Tensor:
 
 
 def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first: int) -> None:
-    """From iteration `first` to args.iters.  An epoch of the log is about one pass over the pairs."""
+    """Train the head from iteration `first` to the end, and save it."""
     on_cuda = device.type == "cuda"
     batches = iter(open_samples(train, args, first, pin=on_cuda))
-    guard = run.Guard(args, train, device, math.ceil(len(train) / args.batch_size))
+    per_pass = math.ceil(len(train) / args.batch_size)                 # an epoch of the log
+    guard = run.Guard(args, train, device, per_pass)
     guard.start_bar(first, args.iters)
     model = probe
     if distributed.world_size() > 1:
@@ -133,13 +134,23 @@ def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first
             "optimizer": optimizer.state_dict(),
         })
 
+    try:
+        iterate(model, optimizer, batches, guard, args, device, first, save)
+    except LoaderDied:
+        guard.settle()
+        save(guard.bar.n)                # the iterations that are done
+        raise
+    guard.settle()
+    if first < args.iters:
+        save(args.iters)
+    guard.finish()
+
+
+def iterate(model: nn.Module, optimizer, batches, guard: run.Guard, args, device, first: int, save) -> None:
+    """The iterations from `first` to args.iters."""
     told = {""}
     for step in range(first, args.iters):
-        try:
-            batch = next_batch(batches)
-        except LoaderDied:
-            save(step)
-            raise
+        batch = next_batch(batches)
         for fault in set(batch["fault"]) - told:
             say(f"gave way to another: {fault}")
             told.add(fault)
@@ -147,18 +158,15 @@ def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first
         loss = loss_of(model, batch, device)
         optimizer.zero_grad()
         loss.backward()
-        gradient = nn.utils.get_total_norm([p.grad for p in probe.head.parameters()])
-        values = {"loss": loss.detach(), "grad_norm": gradient}
+        gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+        values = {"loss": loss.detach(), "grad_norm": nn.utils.get_total_norm(gradients)}
         rates = {"lr": learning_rate(step, args)}
-        guard.check(step, values, rates, [batch])
+        guard.check(step, values, rates, [batch])                      # ends all ranks on NaN
 
         for group in optimizer.param_groups:
             group["lr"] = rates["lr"]
         optimizer.step()
         guard.after_step(step + 1, values, rates, len(batch["index"]), save)
-    if first < args.iters:
-        save(args.iters)
-    guard.finish()
 
 
 # ------------------------------------------------- test
@@ -379,6 +387,8 @@ def main(args: argparse.Namespace) -> None:
         raise Mistake(f"--batch_size {args.batch_size} is not a multiple of the {W} ranks")
     train = Pairs(args.data, "train", args.layout, args.num_classes)
     val = Pairs(args.data, "val", args.layout, args.num_classes)
+    if args.num_classes and train.layout != "pairs":
+        raise Mistake(f"--num_classes: {train.layout} has its own {len(train.classes)} classes")
     if not train.classes:
         raise Mistake("--num_classes: how many classes do the labels of this folder have?")
     left_out = train.left_out + val.left_out
@@ -412,7 +422,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     a("--lr", type=at_least(0.0), default=1e-4,
       help="learning rate (paper 1e-4); short runs need more, such as 3e-3")
     a("--weight_decay", type=at_least(0.0), default=0.05, help="AdamW's weight decay (paper 0.05)")
-    run.add_shared(p, "seed num_workers max_bad device precision json force save_every log_every")
+    run.add_shared(p, "seed num_workers max_bad device precision json force save_every log_every stop_at")
     a("--output_dir", help="folder of this run, an interrupted run in it goes on (default: "
       "out/linseg/CKPT-LAYOUT; with several checkpoints: a folder in it for each)")
     p.set_defaults(main=main)

@@ -98,18 +98,18 @@ class Revisited:
             raise Mistake(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found {len(found)} "
                           f"gnd_*.pkl and {'a' if folder.is_dir() else 'no'} jpg/")
         truth = read_truth(found[0])
-        names = [*truth["imlist"], *truth["qimlist"]]
-        left_out = Counter()
-        there = {Path(file).stem: file for file in sorted(walk(folder, left_out))}
-        lost = set(names) - there.keys()
-        if lost:
-            raise Mistake(f"{folder}: {len(lost)} of {len(names)} images are missing, such as {min(lost)}")
         self.root = root
         self.title = found[0].stem.removeprefix("gnd_")
-        self.files = [there[name] for name in names]
+        self.files = [f"{folder}/{name}.jpg" for name in [*truth["imlist"], *truth["qimlist"]]]
         self.n = len(truth["imlist"])
         self.gnd = truth["gnd"]
-        left_out["images without a role"] = len(there.keys() - set(names))
+
+        left_out = Counter()
+        there = set(walk(folder, left_out))
+        lost = sorted(set(self.files) - there)
+        if lost:
+            raise Mistake(f"{root}: {len(lost)} of {len(self.files)} images are missing, the first {lost[0]}")
+        left_out["images that are not in the ground truth"] = len(there - set(self.files))
         left = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
         self.about = f"{len(self.gnd)} queries, {self.n} images" + (f", left out: {left}" if left else "")
 
@@ -211,8 +211,10 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
             continue
         features[i] = describe(vit, image, args.imsize, args.scales, args.head, device)
     readable = np.array(list(features))
-    stacked = torch.stack(list(features.values()))                     # (n + Q, D)
     n = (readable < images.n).sum()
+    if n in (0, len(features)):
+        raise Mistake(f"{images.root}: no query, or no image of the database, can be read")
+    stacked = torch.stack(list(features.values()))                     # (n + Q, D)
     order = search(stacked[n:], stacked[:n])
     queries = readable[n:] - images.n
     return readable[order], queries.tolist(), unreadable

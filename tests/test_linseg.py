@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 import labelmaps
 import linseg
 import probes
-from data import generator_of
+from data import LoaderDied, generator_of
 from images import BadImage, normalize
 from labelmaps import Pairs, Samples, augment
 from linseg import confusion, likeliest, scores, sliding_logits, windows
@@ -363,23 +363,21 @@ def test_it_learns_resumes_exactly_and_reports(world, tmp_path, capsys, monkeypa
     assert metrics["miou"] > 70 and metrics["accuracy"] > 80 and len(metrics["iou"]) == 3
     assert metrics["n_unreadable"] == 0 and row["eval"] == "linseg" and row["protocol"]["crop"] == 64
 
-    class Asked:
-        asked, calls = False, 0
-
-        @staticmethod
-        def release():
-            pass
-
-    def stop_after_five(data):
-        Asked.calls += 1
-        Asked.asked = Asked.calls > 20                                 # 5 iterations of 4 samples
-    real = Samples.__getitem__
-    monkeypatch.setattr(Samples, "__getitem__", lambda s, n: (stop_after_five(s), real(s, n))[1])
-    monkeypatch.setattr(linseg.distributed, "StopSignal", lambda: Asked)
     with pytest.raises(SystemExit) as e:
-        run_probe(world, tmp_path / "cut")
+        run_probe(world, tmp_path / "cut", "--stop_at", "6")
     assert e.value.code == 75
-    assert 0 < torch.load(tmp_path / "cut/last.pth", weights_only=True)["step"] < 40
+    assert torch.load(tmp_path / "cut/last.pth", weights_only=True)["step"] == 6
+
+    def killed(loader):                                                # a worker dies in the 12th iteration
+        if len(asked) == 5:
+            raise LoaderDied("a loader process was killed")
+        asked.append(1)
+        return real(loader)
+    asked, real = [], linseg.next_batch
+    monkeypatch.setattr(linseg, "next_batch", killed)
+    with pytest.raises(LoaderDied):
+        run_probe(world, tmp_path / "cut")
+    assert torch.load(tmp_path / "cut/last.pth", weights_only=True)["step"] == 11
     monkeypatch.undo()
     cut = run_probe(world, tmp_path / "cut")
     assert all(torch.equal(v, cut["head"][k]) for k, v in whole["head"].items())
@@ -466,3 +464,6 @@ def test_mistakes(world, tmp_path):
                         (["--layout", "coco"], "instances_train2017.json: no such file")):
         with pytest.raises(Mistake, match=said):
             run_probe(world, tmp_path / "x", *wrong)
+    write_world(tmp_path / "voc", "voc", 1, 1)
+    with pytest.raises(Mistake, match="--num_classes: voc has its own 21 classes"):
+        run_probe(world, tmp_path / "x", "--data", str(tmp_path / "voc"))

@@ -170,7 +170,7 @@ def test_unreadable_images_are_as_if_they_were_not_there(world, capsys):
         known |= {"hard": np.array([i + 9, i + 19] if i else [19])}
     write_truth(world, truth)
     run(world, "--json", str(world / "r.jsonl"))
-    assert "29 images, left out: 1 .txt, 1 images without a role" in capsys.readouterr().out
+    assert "29 images, left out: 1 .txt, 1 images that are not in the ground truth" in capsys.readouterr().out
     whole, unreadable, without = rows_of(world)
     assert unreadable["metrics"]["n_unreadable"] == 1
     assert "000010.jpg" in unreadable["metrics"]["unreadable"][0]
