@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import clicks
 import figure
 import prompts
 import run
@@ -35,12 +36,14 @@ NAMES = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU
 @torch.no_grad()
 def similarities(out: dict[str, Tensor], target: dict[str, Tensor], inputs) -> dict[str, Tensor]:
     """For the log: mean cosines of positives and negatives, and the spread of the teacher's keys."""
-    found, B = {}, len(inputs.clean) // 2
+    found = {}
+    B = len(inputs.clean) // 2
     if "pat" in out:
-        k = target["pat"].unflatten(0, (2, B, -1))                     # (V, B, N, C)
+        k = target["pat"].unflatten(0, (2, B, -1))[0]                  # (B, N, C), of view 1
         anchors = inputs.anchors[0]
-        q = out["pat"][:k[0, :, :, 0].numel() if anchors is None else len(anchors)]           # of view 1
-        found["pat_pos"], found["pat_neg"] = mean_cosines(q, k[0], anchors)
+        n_anchors = k.shape[0] * k.shape[1] if anchors is None else len(anchors)
+        q = out["pat"][:n_anchors]
+        found["pat_pos"], found["pat_neg"] = mean_cosines(q, k, anchors)
     if "cls" in out:
         other_view = target["cls"][B:, None]                           # (B, 1, C)
         found["cls_pos"], found["cls_neg"] = mean_cosines(out["cls"][:B], other_view)
@@ -58,7 +61,8 @@ class Monitor(Guard):
 
     def __init__(self, args, images, val, device: torch.device, steps_per_epoch: int, untrained: ViT):
         super().__init__(args, images, device, steps_per_epoch)
-        self.size, self.P = args.global_crops_size, args.patch_size
+        self.size = args.global_crops_size
+        self.P = args.patch_size
         self.untrained = copy.deepcopy(untrained).eval()
         self.warned = False
         self.threshold = "auto"                                        # of the masks in the picture
@@ -76,10 +80,12 @@ class Monitor(Guard):
 
     def begin(self, step: int, student: MMC, teacher: MMC) -> None:
         """Evaluate the untrained teacher, or what a killed run did not come to evaluate."""
-        self.student, self.teacher = student, teacher
+        self.student = student
+        self.teacher = teacher
         epoch, rest = divmod(step, self.steps_per_epoch)
-        done = {line["epoch"] for line in self.evaluations()}
-        if rest == 0 and epoch not in done and (epoch == 0 or self.due(epoch)):
+        done = [line["epoch"] for line in self.evaluations()]
+        asked = epoch == 0 or self.due(epoch)
+        if rest == 0 and asked and epoch not in done:
             self.evaluate(epoch)
 
     def due(self, epoch: int) -> bool:
@@ -100,7 +106,10 @@ class Monitor(Guard):
 
     def watch_collapse(self, step: int, means: dict[str, float]) -> None:
         """One warning when the teacher's keys have lost their spread, or Eq. (2) sits at chance level."""
-        signs = [f"{k} {v:.3f} is near 0" for k, v in means.items() if k.endswith("_std") and v < 0.05]
+        signs = []
+        for name, value in means.items():
+            if name.endswith("_std") and value < 0.05:
+                signs.append(f"{name} {value:.3f} is near 0")
         places = (self.size // self.P) ** 2
         if self.args.patch_negatives != "others":
             asked = self.args.patch_negatives
@@ -120,7 +129,8 @@ class Monitor(Guard):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """{"knn_cls", "knn_pat", "prompt_iou"} in percent, as far as the data allow; said, logged, drawn."""
-        began, result = time.time(), {}
+        began = time.time()
+        result = {}
         if is_main():
             backbone = self.teacher.backbone.eval()
             if self.knn_pair:
@@ -132,7 +142,8 @@ class Monitor(Guard):
                 result["prompt_iou"], self.threshold = table["best"], table["best_threshold"]
             if result:
                 when = f"epoch {epoch}" if epoch else "untrained"
-                say(f"{when}: " + ", ".join(f"{NAMES[k]} {v:.1f} %" for k, v in result.items()))
+                words = [f"{NAMES[name]} {value:.1f} %" for name, value in result.items()]
+                say(f"{when}: {', '.join(words)}")
                 self.write({"epoch": epoch, **result})
             self.draw()
             backbone.train()
@@ -147,20 +158,25 @@ class Monitor(Guard):
     def finish(self, student: MMC, backbone: ViT) -> None:
         """Evaluate, write results.json, and say in one line what came out."""
         super().finish()
-        seconds, after = self.seconds(), self.evaluate(self.args.epochs)
+        seconds = self.seconds()
+        results = self.evaluate(self.args.epochs)
         if not is_main():
             return
-        before = next((line for line in self.evaluations() if line["epoch"] == 0), {})
-        results = {**after, **{f"{k}_untrained": before.get(k) for k in after}, "seconds": round(seconds, 1)}
+        untrained = next((line for line in self.evaluations() if line["epoch"] == 0), {})
+        said = []
+        for name in [name for name in NAMES if name in results]:
+            results[f"{name}_untrained"] = untrained.get(name)
+            before = f"{untrained[name]:.1f} -> " if name in untrained else ""
+            said.append(f"{NAMES[name]} {before}{results[name]:.1f} %")
         if self.scenes:
             results["prompt_iou_colours"] = self.prompt_iou(self.patch_colours)["best"]
+            said[-1] += f" (raw colours {results['prompt_iou_colours']:.1f} %)"
+
+        results["seconds"] = seconds
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        said = [f"{name} {results[f'{k}_untrained'] or 0:.1f} -> {results[k]:.1f} %"
-                for k, name in NAMES.items() if k in results]
-        if self.scenes:
-            said[-1] += f" (raw colours {results['prompt_iou_colours']:.1f} %)"
-        say(f"done in {seconds:.0f} s" + (f": {', '.join(said)}" if said else ""))
+        found = f": {', '.join(said)}" if said else ""
+        say(f"done in {seconds:.0f} s{found}; look at {self.folder / 'result.png'} and curves.png")
 
     # ---- pictures
     def draw(self) -> None:
@@ -200,7 +216,7 @@ class Monitor(Guard):
         x = normalize(torch.stack(list(images.values())).to(self.device))
         corrupted, mask, painted = self.reconstructed(x, list(images))
         networks = {"untrained": self.untrained.to(self.device), "trained": self.teacher.backbone}
-        tokens = {name: prompts.patch_features(network, x).cpu() for name, network in networks.items()}
+        tokens = {name: clicks.patch_features(network, x).cpu() for name, network in networks.items()}
         self.untrained.cpu()
 
         rows, g = [], self.size // self.P
@@ -238,11 +254,11 @@ class Monitor(Guard):
     def found(self, tokens: dict[str, Tensor], at: int, photo, truth: Tensor | None) -> list:
         """Panels of each network, on one scale: similarity to the clicked patch, and the mask."""
         clicked = torch.tensor([[at]])
-        maps = {name: prompts.similarity_map(z, clicked) for name, z in tokens.items()}       # (1, N)
+        maps = {name: clicks.similarity_map(z, clicked) for name, z in tokens.items()}       # (1, N)
         low = min(similarity.min().item() for similarity in maps.values())
         panels = []
         for name, similarity in maps.items():
-            mask = prompts.segment(similarity, self.threshold)[0]
+            mask = clicks.segment(similarity, self.threshold)[0]
             score = ""
             if truth is not None:
                 inside = truth.flatten() >= 0.5

@@ -176,9 +176,9 @@ def check_outputs(args, *names: str) -> None:
     """Try the files that the options ask to write, now and not after hours of work.  Raises Mistake."""
     for name in names:
         given = getattr(args, name, None)
+        path = Path(given or "")
         if not given:
             continue
-        path = Path(given)
         if name in ("picture", "similarity", "out") and path.suffix.lower() not in (".png", ".jpg", ".webp"):
             raise Mistake(f"--{name} {given}: expected a name that ends in .png, .jpg or .webp")
         existed = path.exists()
@@ -295,8 +295,7 @@ def begin_log(args, new: bool) -> None:
     if not distributed.is_main():
         return
     folder = Path(args.output_dir)
-    about = {"command": sys.argv, "options": options_of(args), "torch": torch.__version__,
-             "python": sys.version.split()[0], "commit": commit()}
+    about = {"command": sys.argv, "options": options_of(args), "torch": torch.__version__, "commit": commit()}
     with writing(folder):
         for left in folder.glob(".*.pth.*[0-9]"):                      # by a kill in the middle of a save
             left.unlink()

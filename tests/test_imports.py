@@ -13,9 +13,9 @@ OPTIONAL = {"checkpoint": {"safetensors", "onnx", "onnxscript"}, "demo": {"gradi
 FLOORS = [  # a module imports from floors below its own, or from those before it on its own
     "model distributed figure toy",
     "run images data losses masking augment formats checkpoint",
-    "scenes prompts knn videos labelmaps classifier",
+    "clicks scenes prompts knn videos labelmaps classifier",
     "zeroshot davis linseg retrieval probes",
-    "monitor pretrain finetune demo benchmark hubconf",
+    "monitor pretrain finetune demo report benchmark hubconf",
 ]
 ORDER = [name for floor in FLOORS for name in floor.split()]
 OURS = {p.stem for p in ROOT.glob("*.py")}

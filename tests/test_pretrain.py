@@ -314,10 +314,11 @@ def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
         moments.append([s["exp_avg"].clone() for s in optimizer.state.values()])
     monkeypatch.setattr(pretrain, "save_run", note)
     monkeypatch.setattr(pretrain.Monitor, "finish", lambda *_: None)
+    (tmp_path / "images").mkdir()
     for i in range(8):
-        Image.fromarray(scene(i, size=40).image).save(tmp_path / f"{i}.png")
+        Image.fromarray(scene(i, size=40).image).save(tmp_path / "images" / f"{i}.png")
     still = ["--epochs", "1", "--drop_path", "0", "--clip_grad", "0", "--lr", "0", "--min_lr", "0",
-             "--weight_decay", "0", "--save_every", "1", "--data", str(tmp_path)]
+             "--weight_decay", "0", "--save_every", "1", "--data", str(tmp_path / "images")]
     for accum in ("1", "2"):
         pretrain.main(get_args([*TINY, *still, "--accum", accum, "--output_dir", str(tmp_path / accum)]))
     first, second, both = moments
@@ -350,6 +351,7 @@ def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path):
     """Files may not grow above 100 kB: the second epoch's save fails, in one line, and loses nothing."""
     train(images, tmp_path, "--epochs", "1")
+    run.LOCKS.clear()                                                  # as if that process had ended
     before = (tmp_path / "last.pth").read_bytes()
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     cmd = command(images, tmp_path)

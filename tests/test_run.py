@@ -1,6 +1,6 @@
-"""Proves: a user's mistake is one line and everything else keeps its traceback; a run folder belongs to one run
-and one set of options; options that a stored run did not know do not stop it; JSON is JSON; the log begins anew
-with a new run."""
+"""Proves: a user's mistake is one line and everything else keeps its traceback; a run folder belongs to one
+run and one set of options; options that a stored run did not know do not stop it; JSON is JSON; the log
+begins anew with a new run."""
 import json
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def parser():
     p = run.Parser()
-    run.add_shared(p, "output_dir force lr seed" if "lr" in run.SHARED else "output_dir force seed")
+    run.add_shared(p, "output_dir force seed")
     p.add_argument("--width", type=int, default=8)
     return p
 
@@ -53,8 +53,8 @@ import {module}, pretrain, run
 run.script(pretrain.main, pretrain.get_args)
 """
 BUGS = {  # a student's slip in each place: the module and function that it is in must be named
-    "losses": ("def global_contrast(q, k, tau):\n    a, b, c = q.shape[:2]\npretrain.global_contrast = global_contrast",
-               "global_contrast"),
+    "losses": ("def global_contrast(q, k, tau):\n    a, b, c = q.shape[:2]\n"
+               "pretrain.global_contrast = global_contrast", "global_contrast"),
     "masking": ("def draw_corruption(self, g):\n    return self.nothing\n"
                 "masking.MultiCrop.draw_corruption = draw_corruption", "draw_corruption"),
 }
@@ -72,8 +72,9 @@ def test_a_bug_of_ones_own_is_shown_whole(tmp_path, module, workers):
     from PIL import Image
     for i in range(8):
         Image.new("RGB", (224, 224), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-    p = subprocess.run([sys.executable, str(script), *options, "--local_crops_number", "0"], capture_output=True,
-                       text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, str(script), *options, "--local_crops_number", "0"]
+    p = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert p.returncode == 1 and "Traceback" in p.stderr and name in p.stderr
 
 
@@ -109,8 +110,8 @@ def test_shared_options_tell_their_defaults():
 
 
 def test_files_to_write_are_tried_first(tmp_path):
-    for name, given, said in (("json", tmp_path / "no" / "a.json", "cannot be written"), ("json", tmp_path, "directory"),
-                              ("picture", tmp_path / "a.txt", "ends in")):
+    for name, given, said in (("json", tmp_path / "no" / "a.json", "cannot be written"),
+                              ("json", tmp_path, "directory"), ("picture", tmp_path / "a.txt", "ends in")):
         with pytest.raises(Mistake, match=said):
             run.check_outputs(Namespace(**{name: str(given)}), name)
     run.check_outputs(Namespace(json=str(tmp_path / "fine.json")), "json")
@@ -162,8 +163,8 @@ def test_a_new_run_does_not_take_over_the_lines_of_a_dead_one(tmp_path):
 
 def test_json_is_json(tmp_path):
     file = tmp_path / "a.jsonl"
-    run.append_json(file, {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -0.5}, "name": "caf\udce9"})
-    assert run.read_lines(file)[0] == {"a": None, "b": [1.0, None], "c": {"d": -0.5}, "name": "caf\udce9"}
+    run.append_json(file, {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -0.5}, "e": "caf\udce9"})
+    assert run.read_lines(file)[0] == {"a": None, "b": [1.0, None], "c": {"d": -0.5}, "e": "caf\udce9"}
     with open(file, "a") as f:
         f.write('{"half": ')
     assert len(run.read_lines(file)) == 1
@@ -171,10 +172,11 @@ def test_json_is_json(tmp_path):
 
 def test_a_record_has_the_same_keys_everywhere(tmp_path):
     import torch
-    line = run.record(str(tmp_path / "a.jsonl"), eval="knn", ckpt="x.pth", weights="w", data="d", data_digest="e",
-                      protocol={"k": 10}, metrics={"cls": 50.0}, seconds=1.23, device=torch.device("cpu"))
-    assert set(line) == {"eval", "ckpt", "weights", "data", "data_digest", "protocol", "metrics", "seconds", "device",
-                         "torch", "commit", "date"}
+    line = run.record(str(tmp_path / "a.jsonl"), eval="knn", ckpt="x.pth", weights="w", data="d",
+                      data_digest="e", protocol={"k": 10}, metrics={"cls": 50.0}, seconds=1.23,
+                      device=torch.device("cpu"))
+    assert set(line) == {"eval", "ckpt", "weights", "data", "data_digest", "protocol", "metrics", "seconds",
+                         "device", "torch", "commit", "date"}
     assert run.read_lines(tmp_path / "a.jsonl") == [line]
 
 
