@@ -1,56 +1,128 @@
-"""Proves: what the README tells one to type exists: each script, each of its options, each picture; the
-documented option of any script is an option of some script; its tables are those of results/."""
+"""Proves: what README and docs/*.md tell one to type exists and is accepted by the script's own parser; the
+Python lines run; every picture, link and file is there; the map names every module; README stays short."""
+import contextlib
+import importlib
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-
-import ablation
-from monitor import read_lines
+import torch
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-FENCED = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-INLINE = [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))]
-LINES = [line.split("#")[0] for block in FENCED for line in re.sub(r"\\\n", " ", block).splitlines()] + INLINE
-COMMANDS = [(m[1], m[2]) for line in LINES if (m := re.search(r"([\w/]+)\.py\b(.* --.*)", line))]
-BORROWED = {"probes": ["linseg", "retrieval"],                                 # options come from there, too
-            "ablation": ["pretrain", "zeroshot", "finetune"]}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+README = TEXTS["README.md"]
+ELSEWHERE = {"index-url", "nproc_per_node", "nnodes", "is-ancestor"}   # options of pip, torchrun, git
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+SCRIPT = re.compile(r"(?:-m (studies\.\w+)|(?<![\w/.])([\w/]+)\.py)(?=\s|$)(.*)")
 
 
-def options(script):
-    """Names of all options that a script defines, by its source."""
-    files = [script, *BORROWED.get(script, [])]
-    found = re.findall(r'"--([a-z_0-9]+)"', "".join((ROOT / f"{f}.py").read_text() for f in files))
-    return {"help", *found}
+def inline_code(text: str) -> list[str]:
+    """What stands between single backticks, in one line each."""
+    without = FENCE.sub("", text)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without)]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every command that starts one of our scripts."""
+    lines = []
+    for language, block in FENCE.findall(text):
+        if language in ("sh", "bash"):
+            lines += block.replace("\\\n", " ").splitlines()
+    lines += [code for code in inline_code(text) if code.startswith(("python ", "torchrun "))]
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|;|(?<!\S)&(?!\S)", line.split(" #")[0]):
+            match = SCRIPT.search(part)
+            if match and ("python" in part or "torchrun" in part):
+                module = match[1] or match[2].replace("/", ".")
+                found.append((module, shlex.split(match[3])))
+    return found
+
+
+COMMANDS = [(page, *command) for page, text in TEXTS.items() for command in commands(text)]
+
+
+def options(module: str, *words: str) -> set[str]:
+    """Names of the options that a script says it has."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        importlib.import_module(module).get_args([*words, "--help"])
+    return set(re.findall(r"--([\w-]+)", shown.getvalue()))
+
+
+@pytest.mark.parametrize(("page", "module", "argv"), COMMANDS,
+                         ids=[f"{page}-{i}-{module}" for i, (page, module, _) in enumerate(COMMANDS)])
+def test_a_command_is_accepted(page, module, argv, tmp_path, monkeypatch):
+    if module == "tests.stress":               # has a parser of its own, and no get_args
+        source = (ROOT / "tests" / "stress.py").read_text()
+        assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
+        return
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module(module).get_args(argv)
 
 
 def test_enough_commands_were_found():
-    assert len(COMMANDS) > 20 and {"pretrain", "zeroshot", "davis", "probes", "finetune", "bench"} <= {
-        script for script, _ in COMMANDS}
-
-
-@pytest.mark.parametrize(("script", "rest"), COMMANDS, ids=[f"{s}{i}" for i, (s, _) in enumerate(COMMANDS)])
-def test_a_command_has_options_that_exist(script, rest):
-    for name in re.findall(r" --([a-z_0-9]+)", rest):
-        assert name.removeprefix("no-") in options(script), f"{script}.py has no --{name}"
+    modules = {module for _, module, _ in COMMANDS}
+    assert len(COMMANDS) > 25
+    assert {"pretrain", "zeroshot", "davis", "probes", "finetune", "demo", "benchmark", "checkpoint"} <= modules
+    with pytest.raises(Exception, match="nonsense"):
+        importlib.import_module("zeroshot").get_args(["--ckpt", "a", "--coco", "b", "--nonsense", "1"])
 
 
 def test_options_named_alone_exist():
-    known = set().union(*(options(p.stem) for p in ROOT.glob("*.py")))
-    alone = re.findall(r"(?:^| )--(?!no-)([a-z_0-9]+)", "\n".join(x for x in INLINE if ".py" not in x), re.M)
-    assert len(alone) > 10 and set(alone) <= known
+    known = set(ELSEWHERE)
+    for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "checkpoint",
+                   "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts"):
+        known |= options(module)
+    for probe in ("knn", "fewshot", "variance", "layers", "linseg", "retrieval"):
+        known |= options("probes", probe)
+    for page, text in TEXTS.items():
+        for code in inline_code(text):
+            unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)(?!\w)", code)) - known
+            assert not unknown, f"{page}: {code}"
 
 
-def test_pictures_and_files_exist():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", TEXT) + re.findall(r"^\| `(\w+\.py)`", TEXT, re.M):
-        assert (ROOT / path).is_file(), path
+def test_the_lines_of_python_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [block] = [block for language, block in FENCE.findall(README) if language == "python"]
+    lines = [line for line in block.splitlines() if line and not line.startswith(("from ", "import "))]
+    assert len(lines) == 5
+    names: dict = {}
+    exec(block, names)
+    assert names["z"].shape == (30 * 45, 160) and names["mask"].shape == (30, 45)
+    assert names["similarity"][18 * 45 + 22].item() == pytest.approx(1)
+    assert names["mask"][18, 22] and 0 < names["mask"].float().mean() < 0.5
+    assert names["mask"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("name", sorted(p.parent.name for p in ROOT.glob("results/*/table.md")))
-def test_tables_are_those_of_the_results(name):
-    folder = ROOT / "results" / name
-    rows = read_lines(folder / "results.jsonl")
-    table = ablation.table(rows, rows[0]["study"])
-    assert (folder / "table.md").read_text() == table and table in TEXT
-    assert not [x for r in rows for x in r["options"] if x.startswith("/")]        # a path of one machine
+def test_links_and_pictures_exist():
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", FENCE.sub("", text)):
+            if not target.startswith("http"):
+                assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_files_named_in_the_text_exist():
+    for page, text in TEXTS.items():
+        for code in inline_code(text):
+            if re.fullmatch(r"[\w/]+\.(py|json|md|svg)", code) and "/" in code:
+                assert (ROOT / code).exists(), f"{page}: {code}"
+
+
+def test_the_map_names_every_file():
+    table = README.split("## Where to start reading")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+    for name in ("mmc.pth", "in100.txt", "pyproject.toml", "studies/", "results/", "tests/", "docs/", ".ci/"):
+        assert f"`{name}`" in table and (ROOT / name).exists()
+
+
+def test_readme_is_short_and_begins_with_a_picture():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert any(line.startswith("![") for line in lines[:25])
+    assert "pip install -r requirements.txt && python pretrain.py" in lines
+    assert "pip install -r requirements-dev.txt && python -m pytest" in lines      # what .ci/run looks for
