@@ -373,18 +373,22 @@ def open_entries(args, clips, out, device):
         if folder in [entry.out for entry in entries]:
             raise Mistake(f"--ckpt {ckpt}: another one would write to {folder}, too; rename the file, or "
                           "evaluate it alone with another --output_dir")
-        vit = open_backbone(args, ckpt, device)
-        try:
-            vit.block_number(args.block)
-        except ValueError as e:
-            raise Mistake(f"--block: {ckpt}: {e}") from e
-        entry = Entry(ckpt, folder, folder, vit, digest(vit))
-        entry.protocol = {name: getattr(args, name) for name in [*PROTOCOL, "precision"]}
-        entry.protocol["num_heads"] = vit.config["num_heads"]
-        entry.plans = {clip.name: plan(clip, entry, args.overwrite) for clip in clips}
-        entries.append(entry)
+        entries.append(entry_of(args, ckpt, open_backbone(args, ckpt, device), folder, clips))
     distributed.barrier()                                              # no rank writes while another looks
     return entries
+
+
+def entry_of(args, ckpt: str, vit: ViT, folder: Path, clips: list[Clip]) -> Entry:
+    """What is to be done for a checkpoint, in `folder`.  Raises Mistake."""
+    try:
+        vit.block_number(args.block)
+    except ValueError as e:
+        raise Mistake(f"--block: {ckpt}: {e}") from e
+    entry = Entry(ckpt, folder, folder, vit, digest(vit))
+    entry.protocol = {name: getattr(args, name) for name in [*PROTOCOL, "precision"]}
+    entry.protocol["num_heads"] = vit.config["num_heads"]
+    entry.plans = {clip.name: plan(clip, entry, args.overwrite) for clip in clips}
+    return entry
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -381,17 +381,22 @@ def main(args: argparse.Namespace) -> None:
         raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
     sources = open_sources(args)
     for ckpt, vit, size in zip(args.ckpt, networks, sizes, strict=True):
-        began = time.perf_counter()
-        unreadable = Unreadable(sum(map(len, sources)), args.max_bad)
-        say(f"{ckpt}: short side {round(size * ROOM)}, centre {size} px, {args.precision}")
-        protocol, metrics = PROBES[args.probe](args, ckpt, vit, sources, size, device, unreadable)
-        run.record(
-            args.json, eval=args.probe, ckpt=ckpt, weights=checkpoint.digest(vit), data=args.data,
-            data_digest="-".join(data.digest(images) for images in sources),
-            protocol={"size": size, "precision": args.precision, **protocol},
-            metrics=metrics | unreadable.for_json(),
-            seconds=time.perf_counter() - began, device=device,
-        )
+        evaluate(args, ckpt, vit, sources, size, device)
+
+
+def evaluate(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
+    """One probe of one checkpoint: says and records it."""
+    began = time.perf_counter()
+    unreadable = Unreadable(sum(map(len, sources)), args.max_bad)
+    say(f"{ckpt}: short side {round(size * ROOM)}, centre {size} px, {args.precision}")
+    protocol, metrics = PROBES[args.probe](args, ckpt, vit, sources, size, device, unreadable)
+    run.record(
+        args.json, eval=args.probe, ckpt=ckpt, weights=checkpoint.digest(vit), data=args.data,
+        data_digest="-".join(data.digest(images) for images in sources),
+        protocol={"size": size, "precision": args.precision, **protocol},
+        metrics=metrics | unreadable.for_json(),
+        seconds=time.perf_counter() - began, device=device,
+    )
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
