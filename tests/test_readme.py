@@ -67,7 +67,7 @@ def test_a_command_is_accepted(page, module, argv, tmp_path, monkeypatch):
 def test_enough_commands_were_found():
     modules = {module for _, module, _ in COMMANDS}
     assert len(COMMANDS) > 25
-    assert {"pretrain", "zeroshot", "davis", "probes", "finetune", "demo", "benchmark", "checkpoint"} <= modules
+    assert {"pretrain", "zeroshot", "davis", "probes", "finetune", "demo", "benchmark"} <= modules
     with pytest.raises(Exception, match="nonsense"):
         importlib.import_module("zeroshot").get_args(["--ckpt", "a", "--coco", "b", "--nonsense", "1"])
 
@@ -81,7 +81,7 @@ def test_options_named_alone_exist():
         known |= options("probes", probe)
     for page, text in TEXTS.items():
         for code in inline_code(text):
-            unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)(?!\w)", code)) - known
+            unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)\b(?!\w)", code)) - known
             assert not unknown, f"{page}: {code}"
 
 
@@ -123,6 +123,6 @@ def test_the_map_names_every_file():
 def test_readme_is_short_and_begins_with_a_picture():
     lines = README.splitlines()
     assert len(lines) <= 200
-    assert any(line.startswith("![") for line in lines[:25])
+    assert any(line.startswith("![") for line in lines[:12])
     assert "pip install -r requirements.txt && python pretrain.py" in lines
     assert "pip install -r requirements-dev.txt && python -m pytest" in lines      # what .ci/run looks for
