@@ -81,7 +81,7 @@ def test_options_named_alone_exist():
         known |= options("probes", probe)
     for page, text in TEXTS.items():
         for code in inline_code(text):
-            unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)\b(?!\w)", code)) - known
+            unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)(?!\w)", code)) - known
             assert not unknown, f"{page}: {code}"
 
 
