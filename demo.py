@@ -29,14 +29,13 @@ from torch import Tensor
 
 import run
 from checkpoint import open_backbone, short_name
+from clicks import fit, picture_mask, picture_tokens, prompted, to_pixels, token_at
 from data import ImageFolder, ToyImages, evenly
 from distributed import say
 from figure import cut_out, heat, marked
 from images import BadImage, pil_to_tensor, read_image
 from model import ViT
-from prompts import segment, to_pixels
 from run import Mistake
-from zeroshot import fit, picture_tokens, prompted, token_at
 
 HERE = Path(__file__).parent
 BOX = HERE / "mmc.pth"                         # the weights in the box
@@ -96,7 +95,7 @@ class Clicks(NamedTuple):
     picture: Picture | None = None
     points: tuple = ()
 
-    def of(self, kind: bool) -> list[tuple[float, float]]:
+    def of(self, kind: bool) -> list:
         return [(x, y) for x, y, on in self.points if on == kind]
 
     def add(self, x: float, y: float, on: bool = True) -> "Clicks":
@@ -130,7 +129,7 @@ class Networks:
         self.forward = threading.Lock()
 
     def tokens(self, picture: Picture, name: str, fine: int = 1, layer: int = 0) -> tuple:
-        """What zeroshot.picture_tokens returns.  fine: strides in a patch.  layer: blocks before the last.
+        """What clicks.picture_tokens returns.  fine: strides in a patch.  layer: blocks before the last.
         Raises Mistake for what the network does not have, and for too many tokens."""
         vit = self.vits[name]
         P = vit.patch_size
@@ -148,7 +147,7 @@ class Networks:
                     self.recall(key, found)
         return found
 
-    def recall(self, key: tuple, new: tuple | None = None):
+    def recall(self, key: tuple, new=None):
         """The features that are kept, or the new ones, which are kept from now on."""
         with self.cache:
             found = self.kept.pop(key, new)
@@ -180,7 +179,8 @@ def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str
            layer: int = 0, paper: bool = False) -> Answer | None:
     """What a network says of the clicks; None as long as there is none on an object.
 
-    paper: the mask as in the paper, whole patches wherever they are.  Raises Mistake."""
+    The mask is the part that was clicked, with smooth edges; paper: all patches that are similar, as in the
+    paper.  Raises Mistake."""
     if clicks.picture is None or not clicks.of(True):
         return None
     x, z, grid = networks.tokens(clicks.picture, name, fine, layer)
@@ -188,13 +188,14 @@ def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str
     S = P // fine
     old = tuple(clicks.picture.image.shape[1:])
     number = partial(token_at, old=old, new=tuple(x.shape[1:]), P=P, S=S)
-    on = {number(point) for point in clicks.of(True)}                  # a double click is one prompt
-    off = {number(point) for point in clicks.of(False)}
-    values, t = prompted(z, list(on), list(off), threshold)            # (N,)
-    low, high = (value.item() for value in values.aminmax())
+    on = list({number(point) for point in clicks.of(True)})            # a double click is one prompt
+    off = list({number(point) for point in clicks.of(False)})
+    values, t = prompted(z, on, off, threshold)                        # (N,)
+    mask = picture_mask(values, t, on, grid, P, S, smooth=not paper, contiguous=not paper).numpy()
     pixels = to_pixels(values[None], grid, P, S, smooth=not paper)[0]  # (H', W')
+    low = values.min().item()
+    high = values.max().item()
     photo = x.permute(1, 2, 0).numpy()
-    mask = segment(pixels, t).numpy()
     colours = Image.fromarray(heat(pixels, low, high))
     over = Image.blend(Image.fromarray(photo), colours, 0.7)
     return Answer(np.asarray(over), cut_out(photo, mask), mask, t, low, high)
@@ -263,7 +264,7 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
             w.t = gr.Slider(0, 1, 0.5, step=0.01, label="threshold (cosine)", buttons=[], elem_id="threshold")
         w.fine = gr.Radio(FINE, value=1, label="stride, in patches: less is finer, and slower")
         with gr.Group():
-            w.paper = gr.Checkbox(False, label="mask as in the paper", elem_id="paper")
+            w.paper = gr.Checkbox(False, label="as in the paper: all similar patches", elem_id="paper")
             w.layer = gr.Slider(0, deepest, 0, step=1, label="layer: blocks before the last", buttons=[])
     gr.Markdown(credit)
     return w

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clicks import connected, middle_pixels, patch_features, prompt_maps, to_pixels
 from data import generator_of, init_worker, next_batch
 from images import BadImage, Unreadable, normalize, resize, to_device
 from model import ViT
@@ -36,76 +37,12 @@ BINS = 200                                     # of the densities, over [-1, 1]
 Features = Callable[[Tensor], Tensor]          # (B, 3, S, S) uint8 -> (B, N, D) L2-normalised, on the CPU
 
 
-# ------------------------------------------------- tokens, similarity, mask
-@torch.no_grad()
-def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
-    """(B, 3, H, W) normalised pixels -> (B, N, D) float32 L2-normalised patch tokens of a block, by default
-    of the last, after the final norm."""
-    if block == -1:
-        tokens = vit(x)
-    else:
-        tokens = vit.intermediate(x, [block], norm=True)[0]
-    return F.normalize(tokens[:, vit.num_prefix_tokens:].float(), dim=-1)
-
-
 def network_features(vit: ViT, device: torch.device, block: int = -1) -> Features:
     """The tokens of a network, for `prompt_table`."""
     def features(images: Tensor) -> Tensor:
         x = normalize(to_device(images, device))
         return patch_features(vit, x, block).cpu()
     return features
-
-
-def similarity_map(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
-    """Cosine of every token to the points of a prompt; several are joined by their max or mean.
-
-    z: (N, D) normalised.  points: (Q, n) token numbers.  Returns (Q, N)."""
-    cosines = z[points] @ z.T                                          # (Q, n, N)
-    if combine == "mean":
-        return cosines.mean(1)
-    return cosines.amax(1)
-
-
-def take_away(maps: Tensor, z: Tensor, background: Tensor) -> Tensor:
-    """What is more like one of the background points than like the prompt gets -1: no threshold takes it.
-
-    maps: (Q, N).  z: (N, D).  background: (Q, m) token numbers."""
-    beside = similarity_map(z, background)
-    return maps.masked_fill(beside > maps, -1.0)
-
-
-def auto_threshold(maps: Tensor, points: int = 1) -> Tensor:
-    """A threshold for each map, from its mean, the level of what is not meant, to its maximum, the prompt:
-    midway for one point, and nearer to the maximum the more points share the work.
-
-        t = mean + (1 - 1 / (2 * points)) * (max - mean)
-
-    maps: (..., N), before `take_away`.  Returns (..., 1)."""
-    low = maps.mean(-1, keepdim=True)
-    high = maps.amax(-1, keepdim=True)
-    return low + (1 - 0.5 / points) * (high - low)
-
-
-def segment(maps: Tensor, threshold: float | str = "auto", points: int = 1) -> Tensor:
-    """(..., N) similarities -> bool masks; 'auto' chooses a threshold for each map."""
-    if threshold == "auto":
-        threshold = auto_threshold(maps, points)
-    return maps >= threshold
-
-
-def to_pixels(maps: Tensor, grid: tuple[int, int], patch: int, stride: int, smooth: bool) -> Tensor:
-    """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
-    axes = []
-    for n in grid:
-        pixel = torch.arange((n - 1) * stride + patch, device=maps.device)
-        token = (pixel + 0.5 - patch / 2) / stride
-        axes.append(2 * token / max(n - 1, 1) - 1)                     # -1 and 1 are the outer centres
-    y, x = torch.meshgrid(*axes, indexing="ij")
-    places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
-    places = places.expand(len(maps), -1, -1, -1)
-    maps = maps.view(len(maps), 1, *grid)
-    mode = "bilinear" if smooth else "nearest"
-    return F.grid_sample(maps, places, mode, "border", align_corners=True)[:, 0]
 
 
 # ------------------------------------------------- where prompts are
@@ -174,6 +111,8 @@ class Protocol:
     points: int = 1
     background_points: int = 0
     combine: str = "max"
+    centre: bool = False
+    contiguous: bool = False
     min_patches: int = 3
     truth: str = "patch"
     upsample: bool = False
@@ -311,16 +250,24 @@ class Result:
         points = draw_points(inside, choice.points, generator)
         if choice.prompt == "center":
             points[:, 0] = centre_point(inside, (grid.g, grid.g))
-        maps = similarity_map(z, on_tokens(points, grid.g, grid.G), choice.combine)           # (Q, N)
-        auto = auto_threshold(maps, choice.points)
-        if choice.background_points and not inside.all(1).any():
+        points = on_tokens(points, grid.g, grid.G)
+        background = None
+        if choice.background_points:
             background = draw_points(~inside, choice.background_points, generator)
-            maps = take_away(maps, z, on_tokens(background, grid.g, grid.G))
+            background = on_tokens(background, grid.g, grid.G)
+            background[inside.all(1)] = -1                             # nothing is beside such a target
+        maps, auto = prompt_maps(z, points, background, choice.combine, choice.centre)
+        shape = (grid.G, grid.G)
         if choice.truth == "pixel":
-            maps = to_pixels(maps, (grid.G, grid.G), grid.patch, grid.stride, choice.upsample)
-            maps = maps.flatten(1)
-        scores = {f"{t:.1f}": iou(maps >= t, truth) for t in THRESHOLDS}
-        scores["auto"] = iou(maps >= auto, truth)
+            maps = to_pixels(maps, shape, grid.patch, grid.stride, choice.upsample).flatten(1)
+            points = middle_pixels(points, grid.G, grid.patch, grid.stride)
+            shape = (grid.size, grid.size)
+        scores = {}
+        for name, t in [*((f"{t:.1f}", t) for t in THRESHOLDS), ("auto", auto)]:
+            masks = maps >= t
+            if choice.contiguous:
+                masks = connected(masks, points, shape)
+            scores[name] = iou(masks, truth)
         scores["everything"] = truth.float().mean(1)
         table = torch.stack(list(scores.values()), 1)                  # (Q, T + 2)
         return [dict(zip(scores, row, strict=True)) for row in table.tolist()]

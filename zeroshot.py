@@ -20,7 +20,6 @@ Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 0.5.
 Shapes: N = h*w tokens, D width, H x W pixels, P patch size, S stride."""
 import argparse
 import csv
-import math
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -32,29 +31,22 @@ import data
 import figure
 import run
 from checkpoint import digest, open_backbone, short_name
+from clicks import picture_mask, picture_tokens, prompted, to_pixels, token_at, working_size
 from distributed import say
-from images import normalize, read_image, resize
+from images import normalize, read_image
 from model import ViT
-from prompts import (
-    THRESHOLDS,
-    Protocol,
-    Result,
-    auto_threshold,
-    mean_iou,
-    network_features,
-    overlap,
-    patch_features,
-    prompt_table,
-    segment,
-    similarity_map,
-    take_away,
-    to_pixels,
-)
+from prompts import THRESHOLDS, Protocol, Result, mean_iou, network_features, overlap, prompt_table
 from run import Mistake
 from scenes import Coco, Scenes, ToyScenes, Voc
 from toy import SPLITS
 
-MAX_TOKENS = 20_000                            # of a picture: attention is quadratic
+IDLE = {                                       # options that have no effect beside another
+    "image": "split limit target prompt min_patches truth crowd points background_points csv similarity json "
+             "batch_size num_workers max_bad",
+    "coco": "point background_point threshold heads kmeans out",
+    "voc": "point background_point threshold heads kmeans out crowd",
+    "toy": "point background_point threshold heads kmeans out crowd max_bad",
+}
 MEANS = {
     "miou": "mean per image",
     "miou_pairs": "all prompts",
@@ -98,11 +90,6 @@ def protocol_of(args: argparse.Namespace, vit: ViT) -> Protocol:
     size = args.size or (vit.config["img_size"] if args.toy else 480)
     stride = args.stride or vit.patch_size
     return Protocol(**given | {"size": working_size(size, vit.patch_size), "stride": stride})
-
-
-def working_size(size: float, patch: int) -> int:
-    """The multiple of the patch that is nearest to `size` pixels."""
-    return max(1, round(size / patch)) * patch
 
 
 def open_scenes(args: argparse.Namespace) -> Scenes:
@@ -185,52 +172,11 @@ def kmeans(z: Tensor, k: int, seed: int = 0, steps: int = 30) -> Tensor:
     return rank[nearest]
 
 
-def fit(image: Tensor, size: int, patch: int) -> Tensor:
-    """(3, H, W) uint8 -> short side `size`, the aspect kept but for rounding to multiples of the patch."""
-    scale = size / min(image.shape[1:])
-    return resize(image, [working_size(side * scale, patch) for side in image.shape[1:]])
-
-
-def token_at(point: tuple[float, float], old: tuple[int, int], new: tuple[int, int], P: int, S: int) -> int:
-    """The token nearest to a pixel (x, y) of an image that was resized from (height, width) old to new."""
-    places = []
-    for pixel, before, after in zip(point[::-1], old, new, strict=True):
-        last = (after - P) // S
-        place = round(((pixel + 0.5) * after / before - P / 2) / S)
-        places.append(min(max(place, 0), last))
-    row, column = places
-    return row * ((new[1] - P) // S + 1) + column
-
-
-def picture_tokens(vit: ViT, image: Tensor, device: torch.device, size: int, stride: int | None,
-                   block: int = -1) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(3, H, W) uint8 -> the image of short side `size`, (3, H', W') uint8, its tokens (N, D) on the CPU, and
-    their grid.  Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
-    x = fit(image, size, vit.patch_size)
-    vit.patch_embed.stride = stride or vit.patch_size
-    grid = vit.patch_embed.grid(*x.shape[1:])
-    if math.prod(grid) > MAX_TOKENS:
-        raise Mistake(f"{math.prod(grid)} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
-    z = patch_features(vit, normalize(x[None].to(device)), block)
-    return x, z[0].cpu(), grid
-
-
-def prompted(z: Tensor, on: list[int], off: list[int], threshold: float | str = "auto",
-             combine: str = "max") -> tuple[Tensor, float]:
-    """Tokens z (N, D), those clicked on and beside the object -> similarity (N,) and the threshold for it."""
-    maps = similarity_map(z, torch.tensor([on]), combine)
-    if threshold == "auto":
-        threshold = auto_threshold(maps, len(on)).item()
-    if off:
-        maps = take_away(maps, z, torch.tensor([off]))
-    return maps[0], threshold
-
-
 @torch.no_grad()
 def picture_row(vit: ViT, image: Tensor, device: torch.device,
                 args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The titled cells of one checkpoint.  args: size, stride, point, background_point, threshold, combine,
-    upsample, heads, kmeans, seed."""
+    centre, contiguous, upsample, heads, kmeans, seed."""
     x, z, grid = picture_tokens(vit, image, device, args.size or 480, args.stride)
     photo = x.permute(1, 2, 0).numpy()
     P = vit.patch_size
@@ -245,10 +191,10 @@ def picture_row(vit: ViT, image: Tensor, device: torch.device,
         new = tuple(x.shape[1:])
         on = [token_at(point, old, new, P, S) for point in args.point]
         off = [token_at(point, old, new, P, S) for point in args.background_point]
-        values, t = prompted(z, on, off, args.threshold, args.combine)
+        values, t = prompted(z, on, off, args.threshold, args.combine, args.centre)
         low = values.min().item()
         high = values.max().item()
-        mask = segment(pixels(values, args.upsample), t).numpy()
+        mask = picture_mask(values, t, on, grid, P, S, args.upsample, args.contiguous).numpy()
         chosen = " (auto)" if args.threshold == "auto" else ""
         cells = [
             ("prompt", figure.marked(photo, old, args.point, args.background_point)),
@@ -336,6 +282,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
       "the threshold (default: in pictures; in a table it needs --truth pixel)")
     a("--combine", default="max", choices=["max", "mean"], help="of the similarities to several points "
       "(default max)")
+    a("--centre", action="store_true", help="take the image's mean token from all tokens first: better masks "
+      "where objects are small (paper: no)")
+    a("--contiguous", action="store_true", help="keep the parts of a mask that hold a click: better masks of "
+      "single objects (paper: no)")
 
     a = p.add_argument_group("picture").add_argument
     a("--point", type=pair, action="append", default=[], metavar="X,Y", help="pixel on the object, once or "
@@ -346,19 +296,23 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--kmeans", type=run.at_least(1), default=3, metavar="K", help="clusters of the tokens (paper 3)")
     a("--out", default="zeroshot.png", help="where the picture goes (default zeroshot.png)")
     args = p.parse_args(argv)
-    check(args)
+    check(args, p)
     return args
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, parser: run.Parser) -> None:
     """Raises Mistake for options that do not go together."""
-    given = [name for name in ("coco", "voc", "toy", "image") if getattr(args, name)]
+    given = [mode for mode in IDLE if getattr(args, mode)]
     if len(given) != 1:
         raise Mistake(f"give one of --coco, --voc, --toy, --image, not {len(given)}")
+    for name in IDLE[given[0]].split():
+        if getattr(args, name) != parser.get_default(name):
+            raise Mistake(f"--{name} has no effect with --{given[0]}")
     if args.upsample and args.truth == "patch" and not args.image:
         raise Mistake("--upsample compares pixels: add --truth pixel")
-    if args.background_point and not args.point:
-        raise Mistake("--background_point takes away from the mask of a --point: give one")
+    for name in ("background_point", "threshold", "combine", "centre", "contiguous"):
+        if args.image and not args.point and getattr(args, name) != parser.get_default(name):
+            raise Mistake(f"--{name} is about the mask of a --point: give one")
     if args.upsample is None:
         args.upsample = bool(args.image)
 

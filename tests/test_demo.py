@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import label
 
 import demo
-import prompts
 import zeroshot
 from checkpoint import load_backbone
+from clicks import auto_threshold, picture_tokens, segment, similarity_map, take_away, to_pixels, token_at
 from images import BadImage
 from run import Mistake
 from toy import scene
@@ -126,7 +127,8 @@ def test_keys_name_the_pixels():
 @pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("threshold, stride", [("auto", None), (0.9, None), ("auto", 4)])
 def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
-    """Exactly the cells that `zeroshot.py --image` draws, and `segment` of the map by hand."""
+    """Exactly the cells that `zeroshot.py --image` draws, and the mask by hand: the similarities above the
+    threshold, and but for the paper's, the parts of it that hold a click."""
     picture = toy_picture()
     on = [(40, 30), (20, 33)]
     off = [(1, 1)]
@@ -134,21 +136,27 @@ def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
     S = stride or 8
     a = demo.answer(networks, clicks, NAME, threshold, 8 // S, paper=paper)
     args = argparse.Namespace(size=SIZE, stride=stride, point=on, background_point=off, threshold=threshold,
-                              combine="max", upsample=not paper, heads=False, kmeans=2, seed=0)
+                              combine="max", centre=False, contiguous=not paper,
+                              upsample=not paper, heads=False, kmeans=2, seed=0)
     cells = zeroshot.picture_row(networks.vits[NAME], picture.image, CPU, args)
     assert cells[2][0].startswith("mask") and np.array_equal(a.cut, cells[2][1])
 
     _, z, grid = networks.tokens(picture, NAME, 8 // S)
-    on = [zeroshot.token_at(p, (64, 80), (64, 80), 8, S) for p in on]
-    off = [zeroshot.token_at(p, (64, 80), (64, 80), 8, S) for p in off]
-    maps = prompts.similarity_map(z, torch.tensor([on]))
-    t = prompts.auto_threshold(maps, 2).item() if threshold == "auto" else threshold
-    maps = prompts.take_away(maps, z, torch.tensor([off]))
-    mask = prompts.segment(prompts.to_pixels(maps, grid, 8, S, not paper), t)[0].numpy()
+    on = [token_at(p, (64, 80), (64, 80), 8, S) for p in on]
+    off = [token_at(p, (64, 80), (64, 80), 8, S) for p in off]
+    maps = similarity_map(z, torch.tensor([on]))
+    t = auto_threshold(maps, 2).item() if threshold == "auto" else threshold
+    maps = take_away(maps, z, torch.tensor([off]))
+    mask = segment(to_pixels(maps, grid, 8, S, not paper), t)[0].numpy()
+    if not paper:
+        parts, _ = label(mask, np.ones((3, 3)))
+        clicked = [parts[30, 40], parts[33, 20]]
+        assert all(clicked) and parts.max() > len(set(clicked))
+        mask = np.isin(parts, clicked)
     assert a.t == pytest.approx(t, abs=1e-6) and (a.mask != mask).mean() < 1e-3 and 0 < mask.mean() < 1
 
 
-def test_as_in_the_paper_a_mask_is_of_whole_patches(networks):
+def test_as_in_the_paper_a_mask_is_of_whole_patches_anywhere(networks):
     clicks = demo.Clicks(toy_picture()).add(40, 30)
     patches = demo.answer(networks, clicks, NAME, paper=True).mask.reshape(8, 8, 10, 8)
     assert (patches == patches[:, :1, :, :1]).all()
@@ -165,7 +173,7 @@ def test_background_layers_and_double_clicks(networks):
     twice = demo.answer(networks, one.add(40, 30), NAME)
     assert np.array_equal(a.mask, twice.mask)
     earlier = demo.answer(networks, one, NAME, layer=1)
-    _, z, _ = zeroshot.picture_tokens(networks.vits[NAME], start.picture.image, CPU, SIZE, None, -2)
+    _, z, _ = picture_tokens(networks.vits[NAME], start.picture.image, CPU, SIZE, None, -2)
     assert torch.equal(z, networks.tokens(start.picture, NAME, 1, 1)[1]) and earlier.low != a.low
     beside = demo.answer(networks, one.add(2, 2, on=False), NAME)
     assert a.mask[30, 40] and beside.mask.sum() < a.mask.sum()

@@ -15,7 +15,7 @@ FLOORS = [  # a module imports from floors below its own, or from those before i
     "run images data losses masking augment formats checkpoint",
     "clicks scenes prompts knn videos labelmaps classifier",
     "zeroshot davis linseg retrieval probes",
-    "monitor pretrain finetune demo report benchmark hubconf",
+    "monitor pretrain finetune demo report benchmark inspect_data hubconf",
 ]
 ORDER = [name for floor in FLOORS for name in floor.split()]
 OURS = {p.stem for p in ROOT.glob("*.py")}
@@ -26,8 +26,11 @@ LAZY = {  # imported inside a function, where a command asks for it
 
 
 def imports(path: Path, lazy: bool = False) -> set[str]:
-    """Names of the modules that a file imports: at its top level, or anywhere."""
+    """Names of the modules that a file imports: at its top level, or anywhere but in what it does when it is
+    started itself."""
     tree = ast.parse(path.read_text())
+    started = "if __name__ =="
+    tree.body = [part for part in tree.body if not ast.unparse(part).startswith(started)]
     found = set()
     for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):

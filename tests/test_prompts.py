@@ -1,5 +1,5 @@
-"""Proves: similarity, thresholds and truth equal plain loops; the four means equal the protocol written down
-once more; the result depends on no batch, limit or worker; the densities' overlap equals its closed form."""
+"""Proves: prompts lie where they should; the four means equal the protocol written down once more; the result
+depends on no batch, limit or worker; the densities' overlap equals its closed form."""
 
 import math
 
@@ -54,25 +54,25 @@ def table(vit, toys, n, batch_size=8, num_workers=0, **choices):
         vit.patch_embed.stride = vit.patch_size
 
 
+class Blobs(scenes.Scenes):
+    """One blob an image; the last image has nothing."""
+
+    def __init__(self, masks):
+        super().__init__("blobs", ["blob"])
+        self.masks = masks
+        self.files = list(range(len(masks)))
+
+    def name(self, i):
+        return str(i)
+
+    def read(self, i):
+        return torch.full((3, 48, 48), i, dtype=torch.uint8)
+
+    def objects(self, i):
+        yield "blob", self.masks[i].numpy()
+
+
 # ------------------------------------------------- similarity, prompts, masks
-@pytest.mark.parametrize("P, S", [(8, 8), (8, 4), (14, 7), (7, 7)])
-def test_to_pixels(P, S):
-    h, w = 5, 7
-    maps = unit(2, h * w)
-    near, smooth = (prompts.to_pixels(maps, (h, w), P, S, kind) for kind in (False, True))
-    assert near.shape == smooth.shape == (2, (h - 1) * S + P, (w - 1) * S + P)
-    grid = maps.view(2, h, w)
-    if P == S:
-        assert torch.equal(near, grid.repeat_interleave(P, 1).repeat_interleave(P, 2))
-        plain = F.interpolate(grid[:, None], scale_factor=P, mode="bilinear")[:, 0]
-        assert torch.allclose(smooth, plain, atol=1e-5)
-    c = P // 2  # the pixels around a token's centre
-    centres = near[:, c::S, c::S][:, :h, :w]
-    assert torch.equal(centres, grid)
-    if P % 2:
-        assert torch.allclose(smooth[:, c::S, c::S][:, :h, :w], grid, atol=1e-5)
-
-
 def test_points_lie_in_the_mask_and_do_not_depend_on_their_number():
     truth = smooth_masks(20, 12).flatten(1)
     one, five = (prompts.draw_points(truth, n, generator_of(1)) for n in (1, 5))
@@ -93,28 +93,24 @@ def test_centre_is_the_deepest_patch():
     assert prompts.centre_point(truth.flatten(1), (9, 12))[1] // 12 == 4
 
 
-def test_several_points():
-    z = unit(30, 8)
-    cos = z @ z.T
-    points = torch.tensor([[3, 9], [4, 4]])
-    best = torch.maximum(cos[3], cos[9])
-    got = prompts.similarity_map(z, points)
-    assert torch.allclose(got[0], best, atol=1e-6) and torch.allclose(got[1], cos[4], atol=1e-6)
-    mean = prompts.similarity_map(z, points, combine="mean")
-    assert torch.allclose(mean[0], (cos[3] + cos[9]) / 2, atol=1e-6)
-    left = prompts.take_away(got[:1], z, torch.tensor([[20]]))[0]
-    assert left[20] == -1 and left[3] > 0.999 and torch.equal(left == -1, cos[20] > best)
-    one = prompts.similarity_map(z, points[1:, :1])
-    assert torch.equal(prompts.take_away(one, z, points[1:, :1]), one)  # a tie is the object's
+def test_a_full_target_leaves_the_background_of_others(vit):
+    """One object fills the image, one does not: the second is scored as if it were alone."""
 
+    class Two(Blobs):
+        whole = True
 
-def test_segment():
-    s = torch.tensor([[1.0, 0.9, 0.8, 0.1, 0.0, 0.1, 0.05, 0.1], [1.0, 0.5, 0.4, 0.5, 0.45, 0.4, 0.5, 0.3]])
-    assert prompts.segment(s).sum(1).tolist() == [3, 1]
-    assert prompts.segment(s, points=2).sum(1).tolist() == [2, 1]
-    assert prompts.auto_threshold(s)[1, 0].item() == pytest.approx((1 + 4.05 / 8) / 2)
-    assert prompts.segment(s, 0.45).sum(1).tolist() == [3, 5]
-    assert prompts.segment(torch.ones(4)).all()  # nothing to tell apart
+        def objects(self, i):
+            if self.whole:
+                yield "ground", np.ones((48, 48), bool)
+            yield "blob", self.masks[i].numpy()
+
+    scene = Two(smooth_masks(1, 48))
+    protocol = Protocol(size=48, background_points=3)
+    both = prompt_table(network_features(vit, CPU), scene, protocol, 8)
+    blob, ground = both.rows[:2]
+    assert (blob.category, ground.category) == ("blob", "ground") and ground.iou["everything"] == 1
+    plain = prompt_table(network_features(vit, CPU), scene, Protocol(size=48), 8)
+    assert ground == plain.rows[1] and blob.iou["0.0"] != plain.rows[0].iou["0.0"]
 
 
 def test_prompts_of_finer_tokens_are_those_of_the_patches():
@@ -134,24 +130,6 @@ def test_iou_equals_the_plain_loop():
         pairs = list(zip(p, t, strict=True))
         loop.append(sum(x and y for x, y in pairs) / sum(x or y for x, y in pairs))
     assert prompts.iou(a, b).tolist() == pytest.approx(loop)
-
-
-class Blobs(scenes.Scenes):
-    """One blob an image; the last image has nothing."""
-
-    def __init__(self, masks):
-        super().__init__("blobs", ["blob"])
-        self.masks = masks
-        self.files = list(range(len(masks)))
-
-    def name(self, i):
-        return str(i)
-
-    def read(self, i):
-        return torch.full((3, 48, 48), i, dtype=torch.uint8)
-
-    def objects(self, i):
-        yield "blob", self.masks[i].numpy()
 
 
 def test_perfect_features_have_an_iou_of_one():

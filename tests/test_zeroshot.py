@@ -16,7 +16,7 @@ from test_scenes import note, small_coco
 import toy
 import zeroshot
 from run import Mistake
-from zeroshot import kmeans, token_at
+from zeroshot import kmeans
 
 MICRO = "random:vit_micro/8"
 
@@ -114,16 +114,6 @@ def test_kmeans_finds_what_is_apart():
     assert kmeans(torch.ones(6, 3) / 3**0.5, 4).max() < 4  # fewer tokens apart than clusters
 
 
-def test_token_at():
-    old, new = (100, 300), (48, 144)
-    assert token_at((0, 0), old, new, 8, 8) == 0
-    assert token_at((299, 99), old, new, 8, 8) == 6 * 18 - 1
-    for x, y in ((120, 88), (7, 50), (299, 3)):
-        assert token_at((x, y), old, new, 8, 8) == int(y * 0.48 // 8) * 18 + int((x + 0.5) * 0.48 // 8)
-    middle = 5 * 35 + 17, 6 * 35 + 17, 5 * 35 + 18, 6 * 35 + 18
-    assert token_at((150, 50), old, new, 8, 4) in middle
-
-
 @pytest.mark.parametrize(
     "words, cells",
     [
@@ -162,6 +152,15 @@ def test_pictures(tmp_path, words, cells, monkeypatch):
         ("--toy --background_points -1", "0 or more"),
         ("--toy --json nowhere/x.json", "nowhere/x.json: cannot be written"),
         ("--image x --background_point 1,1", "give one"),
+        ("--image x --threshold 0.3", "give one"),
+        ("--image x --json o.jsonl", "--json has no effect with --image"),
+        ("--image x --csv o.csv", "--csv has no effect with --image"),
+        ("--image x --limit 3", "--limit has no effect with --image"),
+        ("--image x --num_workers 0", "--num_workers has no effect with --image"),
+        ("--toy --threshold 0.3", "--threshold has no effect with --toy"),
+        ("--toy --out x.png", "--out has no effect with --toy"),
+        ("--voc x --point 3,4", "--point has no effect with --voc"),
+        ("--voc x --crowd", "--crowd has no effect with --voc"),
         ("--image x --point 3", "expected x,y"),
     ],
 )

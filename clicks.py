@@ -1,0 +1,216 @@
+"""From clicks on an image to a mask: features, similarity, threshold, the part that was clicked (Fig. 1).
+
+    x, z, grid = picture_tokens(vit, image, device, size=480)          # the network runs here, once
+    values, t = prompted(z, on=[token_at((120, 88), image.shape[1:], x.shape[1:], 16, 16)], off=[])
+    mask = picture_mask(values, t, on, grid, 16, 16)                   # (H, W) bool
+
+The paper's mask is every token whose cosine to the clicked one is at least t, wherever it lies.  Beyond it:
+tokens may be `centred` first, and the mask `connected` with its clicks.  Nothing is trained here.
+
+Shapes: N = h*w tokens, D width, Q prompts of n clicks each, H x W pixels, P patch size, S stride."""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from images import normalize, resize
+from model import ViT
+from run import Mistake
+
+MAX_TOKENS = 20_000                            # of a picture: attention is quadratic
+AUTO = {False: 0.5, True: 0.35}                # of `auto_threshold`: for tokens as they are, and centred
+
+
+# ------------------------------------------------- tokens
+@torch.no_grad()
+def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
+    """(B, 3, H, W) normalised pixels -> (B, N, D) float32 L2-normalised patch tokens of a block, by default
+    of the last, after the final norm."""
+    if block == -1:
+        tokens = vit(x)
+    else:
+        tokens = vit.intermediate(x, [block], norm=True)[0]
+    patches = tokens[:, vit.num_prefix_tokens:]
+    return F.normalize(patches.float(), dim=-1)
+
+
+def centred(z: Tensor) -> Tensor:
+    """Tokens (N, D) minus their mean, normalised again.  What all tokens of an image share does not tell its
+    objects apart."""
+    shared = z.mean(0)
+    return F.normalize(z - shared, dim=-1)
+
+
+# ------------------------------------------------- similarity and threshold
+def similarity_map(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
+    """Cosine of every token to the clicked ones; several clicks are joined by their max or mean.
+
+    z: (N, D) normalised.  points: (Q, n) token numbers.  Returns (Q, N)."""
+    cosines = z[points] @ z.T                                          # (Q, n, N)
+    if combine == "mean":
+        return cosines.mean(1)
+    return cosines.amax(1)
+
+
+def take_away(maps: Tensor, z: Tensor, background: Tensor) -> Tensor:
+    """What is more like one of the background clicks than like the prompt gets -1: no threshold takes it.
+
+    maps: (Q, N).  z: (N, D).  background: (Q, m) token numbers, -1 = none."""
+    cosines = z[background] @ z.T                                      # (Q, m, N)
+    none = (background < 0)[..., None]
+    rival = cosines.masked_fill(none, -1.0).amax(1)
+    return maps.masked_fill(rival > maps, -1.0)
+
+
+def auto_threshold(maps: Tensor, clicks: int = 1, centre: bool = False) -> Tensor:
+    """A threshold for each map, between its mean, the level of what is not meant, and its maximum, the
+    clicked token; nearer to the maximum the more clicks share the work.
+
+        t = mean + (1 - c / sqrt(clicks)) (max - mean),   c = 0.5, or 0.35 for centred tokens
+
+    maps: (..., N), before `take_away`.  Returns (..., 1)."""
+    low = maps.mean(-1, keepdim=True)
+    high = maps.amax(-1, keepdim=True)
+    c = AUTO[centre]
+    share = 1 - c / clicks**0.5
+    return low + share * (high - low)
+
+
+def prompt_maps(
+    z: Tensor, points: Tensor, background: Tensor | None = None,
+    combine: str = "max", centre: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The similarity maps (Q, N) of prompts, and their automatic thresholds (Q, 1).
+
+    z: (N, D).  points: (Q, n), background: (Q, m) token numbers."""
+    if centre:
+        z = centred(z)
+    maps = similarity_map(z, points, combine)
+    auto = auto_threshold(maps, points.shape[1], centre)
+    if background is not None:
+        maps = take_away(maps, z, background)
+    return maps, auto
+
+
+# ------------------------------------------------- mask
+def segment(maps: Tensor, threshold: float | str = "auto") -> Tensor:
+    """(..., N) similarities -> bool masks; 'auto' chooses a threshold for each map."""
+    if threshold == "auto":
+        threshold = auto_threshold(maps)
+    return maps >= threshold
+
+
+def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The parts of each mask that hold one of its clicks, as the magic wand of a paint program selects;
+    diagonal neighbours are connected.  masks: (Q, h*w) bool.  points: (Q, n) places in them."""
+    from scipy.ndimage import label
+    neighbours = np.zeros((3, 3, 3))
+    neighbours[1] = 1                                                  # none in the mask before or after
+    images = masks.view(-1, *grid).numpy()
+    numbers, _ = label(images, neighbours)                             # 0 = outside; none is in two masks
+    numbers = torch.from_numpy(numbers).flatten(1)                     # (Q, h*w)
+    clicked = numbers.gather(1, points)
+    clicked = clicked[clicked > 0]
+    return torch.isin(numbers, clicked)
+
+
+def to_pixels(
+    maps: Tensor, grid: tuple[int, int], patch: int, stride: int, smooth: bool,
+) -> Tensor:
+    """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
+    axes = []
+    for n in grid:
+        side = (n - 1) * stride + patch
+        pixel = torch.arange(side, device=maps.device)
+        token = (pixel + 0.5 - patch / 2) / stride
+        axes.append(2 * token / max(n - 1, 1) - 1)                     # -1 and 1 are the outer centres
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
+    places = places.expand(len(maps), -1, -1, -1)
+    maps = maps.view(-1, 1, *grid)
+    mode = "bilinear" if smooth else "nearest"
+    pixels = F.grid_sample(maps, places, mode, "border", align_corners=True)
+    return pixels[:, 0]
+
+
+def middle_pixels(tokens: Tensor, columns: int, patch: int, stride: int) -> Tensor:
+    """Numbers of tokens -> numbers of the pixels in the middle of them, in the maps of `to_pixels`."""
+    row = tokens // columns
+    column = tokens % columns
+    y = row * stride + patch // 2
+    x = column * stride + patch // 2
+    width = (columns - 1) * stride + patch
+    return y * width + x
+
+
+# ------------------------------------------------- one picture
+def working_size(size: float, patch: int) -> int:
+    """The multiple of the patch that is nearest to `size` pixels."""
+    return max(1, round(size / patch)) * patch
+
+
+def fit(image: Tensor, size: int, patch: int) -> Tensor:
+    """(3, H, W) uint8 -> short side `size`, the aspect kept but for rounding to multiples of the patch."""
+    sides = image.shape[1:]
+    scale = size / min(sides)
+    new = [working_size(side * scale, patch) for side in sides]
+    return resize(image, new)
+
+
+def token_at(
+    point: tuple[float, float], old: tuple[int, int], new: tuple[int, int], P: int, S: int,
+) -> int:
+    """The token nearest to a pixel (x, y) of an image that was resized from (height, width) old to new."""
+    places = []
+    for pixel, before, after in zip(point[::-1], old, new, strict=True):
+        last = (after - P) // S
+        place = round(((pixel + 0.5) * after / before - P / 2) / S)
+        places.append(min(max(place, 0), last))
+    row, column = places
+    columns = (new[1] - P) // S + 1
+    return row * columns + column
+
+
+def picture_tokens(
+    vit: ViT, image: Tensor, device: torch.device,
+    size: int, stride: int | None = None, block: int = -1,
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(3, H, W) uint8 -> the image of short side `size`, (3, H', W') uint8, its tokens (N, D) on the CPU, and
+    their grid.  Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
+    x = fit(image, size, vit.patch_size)
+    vit.patch_embed.stride = stride or vit.patch_size
+    grid = vit.patch_embed.grid(*x.shape[1:])
+    N = math.prod(grid)
+    if N > MAX_TOKENS:
+        raise Mistake(f"{N} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
+    pixels = normalize(x[None].to(device))
+    z = patch_features(vit, pixels, block)
+    return x, z[0].cpu(), grid
+
+
+def prompted(
+    z: Tensor, on: list[int], off: list[int],
+    threshold: float | str = "auto", combine: str = "max", centre: bool = False,
+) -> tuple[Tensor, float]:
+    """Tokens z (N, D), those clicked on and beside the object -> similarity (N,) and the threshold for it."""
+    points = torch.tensor([on])
+    background = torch.tensor([off]) if off else None
+    maps, auto = prompt_maps(z, points, background, combine, centre)
+    if threshold == "auto":
+        threshold = auto.item()
+    return maps[0], threshold
+
+
+def picture_mask(
+    values: Tensor, t: float, on: list[int], grid: tuple[int, int], P: int, S: int,
+    smooth: bool = True, contiguous: bool = False,
+) -> Tensor:
+    """Similarity (N,) and its threshold -> (H, W) bool.  contiguous: only the parts that were clicked."""
+    mask = to_pixels(values[None], grid, P, S, smooth) >= t            # (1, H, W)
+    if contiguous:
+        points = middle_pixels(torch.tensor([on]), grid[1], P, S)
+        parts = connected(mask.flatten(1), points, mask.shape[1:])
+        mask = parts.view(mask.shape)
+    return mask[0]
