@@ -4,8 +4,8 @@
     python -m studies.gpu --data imagenette --minutes 3 --out out/gpu --small          # to try it on a CPU
 
 Writes to --out: gpu.json (everything), table.md, and of each pretraining backbone0.pth (float16), log0.jsonl.
-Steps: (a) pytest tests/test_cuda.py; (b) images/s of training steps, beside the share of the peak that a
-plain bf16 matmul reaches in the same minute, memory, and what the loader gives with all cores; (c) with the rest of
+Steps: (a) pytest tests/test_cuda.py; (b) images/s of training steps, beside the share of the peak that a plain
+bf16 matmul reaches in the same minute, memory, and what the loader gives with all cores; (c) with the rest of
 the time, pretraining at 112 px on --data, with k-NN as it goes.  Each step has its share of the time, and one
 that fails costs only itself."""
 import json
@@ -38,8 +38,8 @@ SMALL = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_n
 
 
 def run_tests(seconds: float) -> dict:
-    """(a) The tests that need CUDA: pytest's closing lines."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-p", "no:cacheprovider"]
+    """(a) The tests that need CUDA: pytest's closing line, and the names of those that failed."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_cuda.py"]
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=seconds)
@@ -119,7 +119,7 @@ def loader_speed(folder: str, local: int, workers: int, seconds: float) -> dict:
 
 
 def call_pretrain(options: list[str], folder: Path, epochs: int, seconds: float) -> tuple[int, list[dict]]:
-    """Run pretrain.py in a process of its own, told to stop after `seconds`.  Returns its exit code and log."""
+    """Run pretrain.py in a process of its own, stopped after `seconds`.  Returns its exit code and log."""
     script = str(Path(__file__).parent.parent / "pretrain.py")
     command = [sys.executable, script, *options, "--epochs", str(epochs), "--output_dir", str(folder)]
     process = subprocess.Popen(command)
