@@ -4,10 +4,10 @@
     python -m studies.gpu --data imagenette --minutes 3 --out out/gpu --small          # to try it on a CPU
 
 Writes to --out: gpu.json (everything), table.md, and of each pretraining backbone0.pth (float16), log0.jsonl.
-Steps: (a) pytest tests/test_cuda.py; (b) images/s of training steps, beside the share of the peak that a plain
-bf16 matmul reaches in the same minute, memory, and what the loader gives with all cores; (c) with the rest of
-the time, pretraining at 112 px on --data, with k-NN as it goes.  Each step has its share of the time, and one
-that fails costs only itself."""
+Steps: (a) pytest tests/test_cuda.py; (b) images/s of training steps, beside the share of the peak that a
+plain bf16 matmul reaches in the same minute, memory, and what the loader gives with all cores; (c) with the
+rest of the time, pretraining at 112 px on --data, with k-NN as it goes.  Each step has its share of the time,
+and one that fails costs only itself."""
 import json
 import os
 import shutil
@@ -218,7 +218,7 @@ def main(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     found = {"eval": "gpu", "device": name, "torch": torch.__version__, "commit": run.commit(),
-             "command": sys.argv, "peak": matmul_peak(device, torch.bfloat16)}
+             "options": run.options_of(args), "peak": matmul_peak(device, torch.bfloat16)}
     workers = len(os.sched_getaffinity(0))
 
     def note(key: str, form) -> None:
