@@ -79,6 +79,8 @@ def test_options_named_alone_exist():
         known |= options(module)
     for probe in ("knn", "fewshot", "variance", "layers", "linseg", "retrieval"):
         known |= options("probes", probe)
+    for patch in ROOT.glob("docs/exercises/*.patch"):                  # a solution may add options
+        known |= set(re.findall(r'"--(\w+)"', patch.read_text()))
     for page, text in TEXTS.items():
         for code in inline_code(text):
             unknown = set(re.findall(r"(?:^| )--([a-z][a-z0-9_-]*)(?!\w)", code)) - known
