@@ -4,10 +4,10 @@
     python demo.py                                       # mmc.pth, two photographs and some toy scenes
     python demo.py --ckpt mmc.pth dino.pth random:vit_s --images photos/       # any of them, side by side
 
-Masks are those of `zeroshot.py --image`; here are a user's clicks, a cache of features that all users share,
-and the page.  The network runs once for each (picture, checkpoint, stride, layer); a click after that is one
-matrix product and some drawing.  ViT-S/16 at 480x480 on one core: 0.7 s for the first answer, then 20 ms a
-click; the first at a stride of half a patch takes 5 s, at a quarter 52 s, and others' new pictures wait.
+Masks are those of `zeroshot.py --image --contiguous`; here are a user's clicks, a cache of features that all
+users share, and the page.  The network runs once for each (picture, checkpoint, stride, layer); a click after
+that is one matrix product and drawing.  ViT-S/16 at 480x480 on one core: 0.7 s for the first answer, then
+20 ms a click; the first at a stride of half a patch takes 5 s, at a quarter 52 s, and others' pictures wait.
 
 It asks nothing of any other host and listens on 127.0.0.1 unless --host, or $GRADIO_SERVER_NAME, says
 otherwise.  Visitors send pictures, points and settings: sizes are bounded, no path or address is opened.
@@ -51,7 +51,7 @@ NONE = "(none)"
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 TEXT = """## Click on the picture
 Nobody told the network what an object is. It compares the patch under your click with all others; the mask is
-what is more similar than the threshold. Weights: {}."""
+what is more similar than the threshold, and connected with the click. Weights: {}."""
 STYLE = """
 #examples .grid-container {display: flex; overflow-x: auto; padding-bottom: 4px}
 #examples .grid-container * {width: auto; height: 84px; aspect-ratio: auto; flex: none}
@@ -253,8 +253,8 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
         w.clear = gr.Button("clear", elem_id="clear", **small)
         w.upload = gr.UploadButton("upload", type="binary", file_types=["image"], **small)
         for i, row in enumerate(w.rows):
-            row.download = gr.DownloadButton("save mask", interactive=False, visible=i == 0,
-                                             elem_id=f"download{i}", **small)
+            row.download = gr.DownloadButton(("save mask", "second mask")[i], interactive=False,
+                                             visible=i == 0, elem_id=f"download{i}", **small)
     with gr.Row(visible=len(names) > 1):
         w.rows[0].choice = gr.Dropdown(names, value=names[0], label="checkpoint")
         w.rows[1].choice = gr.Dropdown([NONE, *names], value=NONE, label="beside it", elem_id="second")
