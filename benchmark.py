@@ -19,7 +19,6 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,18 +39,19 @@ from distributed import say
 from images import read_image
 from labelmaps import Pairs
 from model import ViT
-from report import TABLES, write_report
+from report import TABLES, find_pictures, write_report
 from run import Mistake
 
 QUICK = {                                      # options of a script with --quick
     "zeroshot": "--limit 20",
     "variance": "--limit 8 --views 16",
     "linseg": "--crop 224 --iters 40 --batch_size 4 --lr 3e-3",
+    "retrieval": "--imsize 64",
 }
 CLASSES = 20                                   # with --quick at most, and images of each of them:
 TRAIN = 50
 TEST = 20
-NEEDS = {                                      # what is not measured without an option
+NEEDS = {                                      # what is not measured without this option
     "coco": "Tables 1 and 5 on COCO",
     "voc": "prompts and linear segmentation on VOC",
     "ade20k": "Table 3 on ADE20K",
@@ -68,14 +68,13 @@ ELSEWHERE = [
 
 
 # ------------------------------------------------- what there is to do
-@dataclass
-class Network:
+class Network(NamedTuple):
     """A checkpoint, loaded.  fault: why it cannot be measured."""
     ckpt: str
     name: str
-    vit: ViT
+    vit: ViT | None
     weights: str
-    fault: str = ""
+    fault: str
 
 
 class Job(NamedTuple):
@@ -118,12 +117,10 @@ def prompt_job(args, option: str, folder: str, device: torch.device) -> Job:
         return parse(args, "zeroshot", zeroshot.get_args, network.ckpt, f"--{option}", folder, "--size", size,
                      "--seed", seed, "--similarity", picture, "--num_workers", args.num_workers)
 
-    def work(own, network: Network):
-        zeroshot.table_main(own, [network.vit], device)
-
     any_network = parse(args, "zeroshot", zeroshot.get_args, "-", f"--{option}", folder)
     scenes = zeroshot.open_scenes(any_network)
-    return Job("zeroshot", scenes.title, data.digest(scenes), args.seeds, options, work,
+    return Job("zeroshot", scenes.title, data.digest(scenes), args.seeds, options,
+               lambda own, network: zeroshot.table_main(own, [network.vit], device),
                lambda own: (len(scenes), own.size))
 
 
@@ -206,11 +203,9 @@ def linseg_job(args, folder: str, device: torch.device) -> Job:
         own.output_dir = f"{args.out}/linseg/{network.weights}_{data.seed_of(chosen):x}"
         return own
 
-    def work(own, network: Network):
-        linseg.run_one(own, network.vit, train, val, device)
-
     digest = f"{data.digest(train)}-{data.digest(val)}"
-    return Job("linseg", folder, digest, args.seeds, options, work,
+    return Job("linseg", folder, digest, args.seeds, options,
+               lambda own, network: linseg.run_one(own, network.vit, train, val, device),
                lambda own: (own.iters * own.batch_size + 4 * len(val), own.crop))
 
 
@@ -254,19 +249,24 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
             jobs += [linseg_job(args, folder, device)] if folder else []
         except Mistake as e:                                           # there are no images to train with
             missing.append(f"linear segmentation on {folder}: {e}")
-    if args.quick and args.retrieval:
-        missing.append("Table 9 on Oxford and Paris: not with --quick")
-    jobs += [retrieval_job(args, folder, device) for folder in args.retrieval if not args.quick]
-    kept = [job for job in jobs if job.eval not in args.skip]
+    jobs += [retrieval_job(args, folder, device) for folder in args.retrieval]
     missing += [f"{eval}: --skip" for eval in args.skip]
-    return kept, missing + ELSEWHERE
+    return [job for job in jobs if job.eval not in args.skip], missing + ELSEWHERE
 
 
 # ------------------------------------------------- doing it
+@torch.no_grad()
 def open_network(args, ckpt: str, name: str, device: torch.device) -> Network:
-    vit = checkpoint.open_backbone(args, ckpt, device)
-    broken = [key for key, value in vit.state_dict().items() if not value.isfinite().all()]
-    fault = f"{broken[0]} and {len(broken) - 1} more tensors are not finite" if broken else ""
+    """Raises Mistake for a file that is not there; one that holds no network, or a broken one, has a
+    fault."""
+    try:
+        vit = checkpoint.open_backbone(args, ckpt, device)
+    except Mistake as e:
+        if not Path(ckpt).is_file():
+            raise
+        return Network(ckpt, name, None, "", str(e))
+    tokens = vit(torch.ones(1, 3, 4 * vit.patch_size, 4 * vit.patch_size, device=device))
+    fault = "" if tokens.isfinite().all() else "its features are not finite"
     return Network(ckpt, name, vit, checkpoint.digest(vit), fault)
 
 
@@ -283,9 +283,9 @@ def is_there(lines: list[dict], job: Job, network: Network, own: argparse.Namesp
 
 def seconds_of(network: Network, images: int, side: int, device: torch.device, known: dict) -> float:
     """How long that many images will take, from one that is timed."""
-    P = network.vit.patch_size
-    x = torch.zeros(1, 3, max(1, side // P) * P, max(1, side // P) * P, device=device)
-    key = network.ckpt, len(x[0, 0])
+    side = zeroshot.working_size(side, network.vit.patch_size)
+    x = torch.zeros(1, 3, side, side, device=device)
+    key = network.ckpt, side
     for _ in range(0 if key in known else 2):                          # the first one warms up
         start = time.perf_counter()
         network.vit(x).sum().item()
@@ -329,50 +329,27 @@ def measure(args, job: Job, network: Network, own: argparse.Namespace) -> None:
         note_failure(args, job, network, f"its training ended with code {e.code}")
 
 
-def photo_path(args, network: Network, photo: str) -> Path:
-    name = f"prompt_{Path(photo).stem}_{network.weights}_{dense_size(args, network.vit)}.png"
-    return Path(args.out) / "pictures" / name
-
-
 def draw(args, network: Network, photo: str, device: torch.device) -> None:
     """Fig. 1 and 6 of one photo, clicked in its middle."""
-    path = photo_path(args, network, photo)
-    if network.fault or path.exists():
+    if network.fault:
+        return
+    size = dense_size(args, network.vit)
+    path = Path(args.out) / "pictures" / f"prompt_{Path(photo).stem}_{network.weights}_{size}.png"
+    if path.exists():
         return
     image = read_image(photo)
     _, H, W = image.shape
-    own = zeroshot.get_args(["--ckpt", network.ckpt, "--image", photo, "--point", f"{W // 2},{H // 2}",
-                             "--size", str(dense_size(args, network.vit))])
-    row = zeroshot.picture_row(network.vit, image, device, own)
+    own = zeroshot.get_args(["--ckpt", network.ckpt, "--image", photo, "--size", str(size),
+                             "--point", f"{W // 2},{H // 2}"])
+    try:
+        row = zeroshot.picture_row(network.vit, image, device, own)
+    except Mistake as e:                                               # too many tokens
+        say(f"no picture of {photo}, {network.name}: {e}")
+        return
     temporary = path.with_name(f".{path.name}")
     with run.writing(path):
         figure.sheet([(network.name, row)]).save(temporary, "PNG")
         temporary.replace(path)
-
-
-def pictures_of(args, networks: list[Network]) -> list[tuple[Path, str]]:
-    """What the report shows, if it is there: (file, title)."""
-    out = Path(args.out)
-    found = []
-    for photo in args.photos:
-        for network in networks:
-            found.append((photo_path(args, network, photo), f"{Path(photo).stem}: {network.name}"))
-    for option in ("coco", "voc"):
-        for network in networks:
-            paths = sorted(out.glob(f"pictures/similarity_{option}_{network.weights}_*.png"))
-            found += [(path, f"similarities on {option.upper()}: {network.name}") for path in paths]
-    for network in networks:
-        for folder in sorted(out.glob(f"davis/{network.weights}_*/overlay/*/")):
-            frames = sorted(folder.glob("*.jpg"))
-            found += [(frames[len(frames) // 2], f"{folder.name}: {network.name}")] if frames else []
-    return found
-
-
-def end_half_line(path: Path) -> None:
-    """What a kill left of a line is not to run into the next one."""
-    if path.exists() and not path.read_text().endswith("\n"):
-        with run.writing(path), open(path, "a") as f:
-            f.write("\n")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -385,10 +362,13 @@ def main(args: argparse.Namespace) -> None:
     if rank == 0:
         run.lock(out)
         (out / "failed.jsonl").unlink(missing_ok=True)
-        end_half_line(out / "results.jsonl")
+        with open(out / "results.jsonl", "a+") as f:
+            if f.tell() and not (out / "results.jsonl").read_text().endswith("\n"):
+                f.write("\n")                                          # after half a line, left by a kill
 
     names = args.names or [checkpoint.short_name(ckpt) for ckpt in args.ckpt]
-    networks = [open_network(args, ckpt, name, device) for ckpt, name in zip(args.ckpt, names, strict=True)]
+    titles = dict(zip(args.ckpt, names, strict=True))
+    networks = [open_network(args, ckpt, name, device) for ckpt, name in titles.items()]
     jobs, missing = open_jobs(args, device)
     for network in networks[rank::ranks]:
         for photo in args.photos:
@@ -397,8 +377,8 @@ def main(args: argparse.Namespace) -> None:
     todo = plan(args, cells[rank::ranks], device)
 
     def report() -> None:
-        titles = dict(zip(args.ckpt, names, strict=True))
-        write_report(out, titles, missing, pictures_of(args, networks))
+        pictures = find_pictures(out, args.photos, {network.name: network.weights for network in networks})
+        write_report(out, titles, missing, pictures)
 
     total = sum(seconds for *_, seconds in todo)
     say(f"{len(todo)} of {len(cells)} measurements are to be done here, about {total / 60:.0f} minutes")

@@ -87,6 +87,11 @@ def number_at(metrics: dict, key: str) -> float | None:
     return metrics
 
 
+def place(name: str, names: dict) -> int:
+    """In the order of names; the unknown last."""
+    return list(names).index(name) if name in names else len(names)
+
+
 def grouped(lines: list[dict]) -> dict[tuple, list[dict]]:
     """The lines of a table row, by (eval, data and its digest): {row: lines that differ in the seed}."""
     tables = {}
@@ -141,6 +146,7 @@ def rows_of(table: Table, data_name: str, rows: dict[tuple, list[dict]], names: 
 def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> list[tuple]:
     """(title, heads, rows of cells) for each table whose evaluation is among the lines."""
     out = []
+    lines = sorted(lines, key=lambda line: (str(line["data"]), place(line["ckpt"], names)))
     for (name, data_name, _, layout), rows in grouped(lines).items():
         table = TABLES[name]
         line = next(iter(rows.values()))[-1]
@@ -190,15 +196,26 @@ def html_picture(path: Path, title: str) -> str:
             f"<figcaption>{title}</figcaption></figure>")
 
 
-def place(name: str, names: dict) -> int:
-    """In the order of names; the unknown last."""
-    return list(names).index(name) if name in names else len(names)
+def find_pictures(out: Path, photos: list[str], networks: dict[str, str]) -> list[tuple[Path, str]]:
+    """(file, title) of each picture that is there.  networks: {name: digest of the weights}."""
+    titles = {f"prompt_{Path(photo).stem}": Path(photo).stem for photo in photos}
+    titles |= {"similarity_coco": "similarities on COCO", "similarity_voc": "similarities on VOC"}
+    found = []
+    for begin, title in titles.items():
+        for name, weights in networks.items():
+            for path in sorted(out.glob(f"pictures/{begin}_{weights}_*.png")):
+                found.append((path, f"{title}: {name}"))
+    for name, weights in networks.items():
+        for folder in sorted(out.glob(f"davis/{weights}_*/overlay/*/")):
+            frames = sorted(folder.glob("*.jpg"))
+            if frames:
+                found.append((frames[len(frames) // 2], f"{folder.name}: {name}"))
+    return found
 
 
 def write_report(out: Path, names: dict[str, str], missing: list[str], pictures: list[tuple]) -> None:
     """report.md and report.html from results.jsonl and failed.jsonl.  pictures: (path, title)."""
     lines = run.read_lines(out / "results.jsonl")
-    lines.sort(key=lambda line: [line["eval"], str(line["data"]), place(line["ckpt"], names)])
     left_out = list(missing)
     for line in run.read_lines(out / "failed.jsonl"):
         text = f"{line['name']}, {line['eval']} on {line['data']}: {line['why']}"
@@ -207,7 +224,6 @@ def write_report(out: Path, names: dict[str, str], missing: list[str], pictures:
     left_out = left_out or ["nothing"]
     code = sorted({f"code {line['commit']}, torch {line['torch']}, {line['device']}" for line in lines})
     about = f"Ours, and in italics the paper's numbers, on the paper's data. Measured with {'; '.join(code)}."
-    pictures = [(path, title) for path, title in pictures if path.exists()]
 
     text = [f"# Benchmark\n\n{about}\n"]
     page = [f"<h1>Benchmark</h1><p>{html.escape(about)}</p>"]

@@ -1,0 +1,420 @@
+"""Write docs/RESULTS.md from the lines of results/: every number in it comes from there.
+
+    python -m studies.results                  # writes docs/RESULTS.md
+    python -m studies.results --check          # says which numbers in it are not those of results/
+
+results/benchmark.jsonl has the lines of benchmark.py, and each study its folder.  A row that was measured by
+code older than the last change of the files it depends on is marked, as far as the lines and git tell."""
+import argparse
+import ast
+import itertools
+import json
+import re
+import statistics
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import run
+from report import markdown, sections
+from studies import ablation
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+PAGE = ROOT / "docs/RESULTS.md"
+MARK = " †"
+NAMES = {
+    "mmc.pth": "mmc.pth",
+    "random:vit_mini/8": "random as mmc.pth",
+    "random:vit_s/16": "random ViT-S/16",
+    "vits14_dinov2_saliency_fp16.pth": "DINOv2-S/14, saliency-tuned",
+}
+SHARED = "model.py checkpoint.py formats.py images.py data.py "
+FILES = {                                      # what an evaluation depends on
+    "zeroshot": SHARED + "zeroshot.py prompts.py clicks.py scenes.py",
+    "knn": SHARED + "probes.py knn.py",
+    "fewshot": SHARED + "probes.py knn.py",
+    "variance": SHARED + "probes.py masking.py",
+    "davis": SHARED + "davis.py videos.py",
+    "linseg": SHARED + "linseg.py labelmaps.py scenes.py",
+    "retrieval": SHARED + "retrieval.py",
+}
+
+
+# ------------------------------------------------- what is there
+def lines_of(name: str) -> list[dict]:
+    return run.read_lines(RESULTS / name)
+
+
+@cache
+def code_of(commit: str, file: str) -> str:
+    """What Python makes of a file at a commit, without docstrings and comments; empty where git has none."""
+    try:
+        found = subprocess.run(["git", "show", f"{commit}:{file}"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:                            # no git here
+        return ""
+    tree = ast.parse(found.stdout)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del body[0]
+    return ast.dump(tree) if found.returncode == 0 else ""
+
+
+@cache
+def changed_since(commit: str, eval: str) -> str:
+    """The files of an evaluation whose code differs from that of a commit."""
+    files = FILES[eval].split()
+    return ", ".join(file for file in files if code_of(commit, file) != code_of("HEAD", file))
+
+
+def mark(line: dict) -> str:
+    return MARK if changed_since(str(line["commit"]), line["eval"]) else ""
+
+
+def find(lines: list[dict], eval: str, ckpt: str, data: str, size: int | None = None) -> dict:
+    """The metrics of the last line of this kind; empty without one."""
+    found = {}
+    for line in lines:
+        same = (line["eval"], line["ckpt"], line["data"]) == (eval, ckpt, data)
+        if same and size in (None, line["protocol"]["size"]):
+            found = line["metrics"]
+    return found
+
+
+def number(metrics: dict, *keys: str, digits: int = 1) -> str:
+    for key in keys:
+        metrics = metrics.get(key, {}) if isinstance(metrics, dict) else {}
+    return f"{metrics:.{digits}f}" if isinstance(metrics, float | int) else ""
+
+
+def plain_table(heads: list[str], rows: list[list[str]]) -> str:
+    return markdown(heads, [[(text, "") for text in row] for row in rows])
+
+
+# ------------------------------------------------- the first screen
+def knn_pair(study: list[dict], variant: str) -> str:
+    """'k-NN CLS / PAT' of a variant, each with its standard deviation over several seeds."""
+    rows = [row for row in study if row["variant"] == variant]
+    return f"{ablation.cell(rows, 'knn_cls')} / {ablation.cell(rows, 'knn_pat')}"
+
+
+def gap(study: list[dict], variant: str) -> str:
+    """How much higher CLS is than PAT."""
+    rows = [row for row in study if row["variant"] == variant]
+    return f"{statistics.mean(row['knn_cls'] - row['knn_pat'] for row in rows):.1f}"
+
+
+def untrained(study: list[dict]) -> str:
+    seeds = list({row["seed"]: row for row in study}.values())
+    return f"{ablation.cell(seeds, 'knn_cls_untrained')} / {ablation.cell(seeds, 'knn_pat_untrained')}"
+
+
+def several(study: list[dict], *variants: str) -> str:
+    return "; ".join(f"{variant}: {knn_pair(study, variant)}" for variant in variants)
+
+
+def claims() -> str:
+    """The paper's claims, with the paper's numbers and ours."""
+    toy = lines_of("toy/results.jsonl")
+    short = lines_of("imagenette/results.jsonl")
+    longer = lines_of("imagenette_20/results.jsonl")
+    paper = ablation.PAPER
+
+    def theirs(*variants: str) -> str:
+        return "; ".join(f"{variant}: {paper[variant].rsplit(' / ', 1)[0]}" for variant in variants)
+
+    def gaps(study: list[dict]) -> str:
+        return ", ".join(f"{variant} {gap(study, variant)}" for variant in ("010", "011", "110", "111"))
+
+    rows = [
+        ["(a) all three losses together are best", theirs("111", "011"),
+         f"{several(short, '111', '011')}. 20 epochs: {several(longer, '111', '010')}",
+         several(toy, "111", "011", "010"), "**no**: without rec it is at least as good"],
+        ["(b) without cls, CLS falls by tens of points", theirs("101", "001"),
+         f"{several(short, '101', '001')}. 20 epochs: {several(longer, '101')}",
+         several(toy, "101", "001"), "toy: yes, to chance. imagenette: it falls, **not** by tens"],
+        ["(c) pat closes the gap from CLS to PAT", theirs("010", "011"),
+         f"gap: {gaps(short)}", f"gap: {gaps(toy)}", "toy: **no**. imagenette: there is hardly a gap"],
+        ["(d) rec alone has poor k-NN", theirs("100"),
+         f"{several(short, '100')}; untrained: {untrained(short)}",
+         f"{several(toy, '100')}; untrained: {untrained(toy)}", "yes"],
+    ]
+    return plain_table(["claim", "paper", "imagenette, 48 px", "toy world", "holds here?"], rows)
+
+
+def headlines(lines: list[dict]) -> str:
+    """One row per measure, one column per network."""
+    sizes = {"mmc.pth": 240, "random:vit_mini/8": 240, "random:vit_s/16": 480,
+             "vits14_dinov2_saliency_fp16.pth": 420}                   # 30 x 30 tokens
+    measures = [
+        ("one click on COCO, best t: mIoU", "38.4", "zeroshot", "COCO val2017", ["best"], 1),
+        ("the same, automatic t", "", "zeroshot", "COCO val2017", ["auto"], 1),
+        ("overlap O on COCO (lower is better)", ".55", "zeroshot", "COCO val2017", ["overlap"], 3),
+        ("one click on VOC, best t: mIoU", "", "zeroshot", "VOC val", ["best"], 1),
+        ("k-NN on imagenette, CLS", "77.5", "knn", "imagenette", ["cls", "10"], 1),
+        ("k-NN on imagenette, PAT", "77.0", "knn", "imagenette", ["pat", "10"], 1),
+        ("k-NN on imagewoof, CLS", "", "knn", "imagewoof", ["cls", "10"], 1),
+        ("5-way 1-shot, imagenette: accuracy", "", "fewshot", "imagenette", ["accuracy"], 1),
+        ("DAVIS, three sequences: J&F", "60.3", "davis", "DAVIS", ["J&F-Mean"], 1),
+    ]
+    rows = []
+    for title, paper, eval, name, keys, digits in measures:
+        row = [title]
+        for ckpt, size in sizes.items():
+            dense = size if eval in ("zeroshot", "davis") else None
+            row.append(number(find(lines, eval, ckpt, name, dense), *keys, digits=digits))
+        rows.append([*row, f"*{paper}*" if paper else ""])
+    return plain_table(["", *NAMES.values(), "*paper's MMC*"], rows)
+
+
+# ------------------------------------------------- the run on a GPU
+def epochs_table(log: list[dict], every: int) -> str:
+    """k-NN and losses of the epochs that were evaluated, and of the last step."""
+    steps = [line for line in log if "step" in line]
+    rows = []
+    for line in [line for line in log if "knn_cls" in line] + steps[-1:]:
+        before = [step for step in steps if step["epoch"] <= line["epoch"] + 1e-6]
+        losses = before[-1] if before else {}
+        cells = [number(losses, name, digits=2) for name in ("loss", "rec", "pat", "cls")]
+        knn = [number(line, "knn_cls"), number(line, "knn_pat")]
+        rows.append([f"{line['epoch']:.0f}", *knn, *cells])
+    return plain_table(["epoch", "k-NN CLS", "k-NN PAT", "loss", "rec", "pat", "cls"], rows)
+
+
+def throughput_table(runs: list[dict]) -> str:
+    rows = []
+    for one in runs:
+        options = one["options"].replace(" --precision bf16", "").replace("--", "")
+        share = f"{100 * one['share_of_peak']:.0f} %" if "share_of_peak" in one else ""
+        rows.append([options, f"{one['images_per_s']:.0f}", f"{one['mib'] / 1024:.1f} GiB", share])
+    return plain_table(["options", "images/s", "memory", "of the peak of a matrix product"], rows)
+
+
+def gpu_part() -> str:
+    about = json.loads((RESULTS / "gpu/gpu.json").read_text())
+    training = about["pretraining"][0]
+    return f"""## The weights in the box, and speed on a GPU
+
+`python -m studies.gpu`, one {about['device']}, torch {about['torch']}, code {about['commit']}. mmc.pth is
+a ViT of 1.9 million parameters (160 wide, 6 blocks, patch 8), pretrained on the 9,469 train images of
+imagenette at 112 px for {about['seconds']['pretraining']:.0f} s, {training['seconds_per_epoch']:.1f} s an
+epoch. The run was planned for {training['epochs']} epochs and ended with its time. k-NN on the 1,500
+validation images, k = 10, in %; the losses are means over the last steps before it:
+
+{epochs_table(lines_of('gpu/log.jsonl'), 20)}
+Images per second of pretraining at 224 px, bf16, generated images:
+
+{throughput_table(about['throughput'])}"""
+
+
+# ------------------------------------------------- studies of the losses and of decisions
+def curve_table(row: dict) -> str:
+    heads = ["epoch", *(str(epoch) for epoch, *_ in row["curve"])]
+    rows = [[name, *(f"{point[column]:.1f}" for point in row["curve"])]
+            for column, name in ((1, "CLS"), (2, "PAT"))]
+    return plain_table(heads, rows)
+
+
+def study(name: str) -> str:
+    lines = lines_of(f"{name}/results.jsonl")
+    return ablation.table(lines, lines[0]["study"])
+
+
+def studies_part() -> str:
+    first = lines_of("imagenette_20/results.jsonl")[0]
+    small = " ".join(first["options"][2:-4])
+    return f"""## Which loss does what, Table 4
+
+These tables are of earlier code, whose lines store no commit. Digits: rec, cls, pat, 1 = on. k-NN at k =
+10 in %, chance is 10; "fine-tuned" is on imagewoof; mean and standard deviation over the seeds. A
+standard deviation of two seeds says little.
+
+**imagenette at 48 px, 5 epochs**, two seeds, COCO and VOC at 240 px:
+
+```sh
+SMALL=({small})
+python -m studies.ablation --seeds 0 1 --out results/imagenette --coco coco --voc VOCdevkit \\
+    --zeroshot_options "--size 240 --limit 80" --finetune imagewoof --finetune_options "--size 48 \\
+    --epochs 10 --warmup_epochs 1 --lr 2e-3 --augment none --mixup 0 --cutmix 0" \\
+    -- --data imagenette/train "${{SMALL[@]}}" --epochs 5
+```
+
+{study('imagenette')}
+Most rows cannot be told apart, as two seeds of one variant differ by up to 2.7 points of k-NN. What can:
+rec alone stays near the untrained network; the rows without cls have a lower CLS than 011; pat adds to
+cls, and to rec + cls.
+
+**The same with 20 epochs**, one seed:
+
+{study('imagenette_20')}
+k-NN of 111 over its epochs:
+
+{curve_table(first)}
+**The toy world**, `python -m studies.ablation --out results/toy --seeds 0 1 2`; each seed has a world and
+weights of its own:
+
+{study('toy')}
+![k-NN over the epochs](../results/toy/curves.png)
+
+With each seed pat lifts the prompt IoU, both of cls and of rec + cls. rec alone, pat alone and both
+separate objects and learn no class. cls without pat makes the patches of an image alike, so that its IoU
+is below the untrained one's.
+
+The toy's settings have `--w_cls 0.3`. **With the paper's weight**, `--seeds 0 1 -- --w_cls 1`:
+
+{study('toy_w_cls_1')}
+**Decisions that the paper leaves open**, one at a time from the toy's settings, `python -m
+studies.ablation --study decisions --out results/toy_decisions --seeds 0 1`:
+
+{study('toy_decisions')}
+Heads without BatchNorm, local crops, masked anchors and `--w_pat 3` keep the class from being learned, or
+half of it, in this short run. Whole patches (`drop_align 8`) and `--w_cls 1` lower the IoU. Two seeds of a
+toy do not overrule the paper's reading, which stays the default.
+"""
+
+
+# ------------------------------------------------- an earlier small run
+def old_number(line: dict, key: str, digits: int = 1) -> str:
+    value = line.get(key)
+    return f"{value:.{digits}f}" if value is not None else ""
+
+
+def earlier_part() -> str:
+    """results/ours: the run of 20 epochs at 48 px, in the lines of earlier scripts."""
+    lines = lines_of("ours/evaluations.jsonl")
+    names = {"out/ours/backbone.pth": "20 epochs at 48 px", "random:vit_micro/8": "random as it"}
+    prompts = []
+    for line in lines:
+        if line.get("eval") == "zeroshot":
+            prompts.append([names[line["ckpt"]], line["data"], str(line["size"]), old_number(line, "best"),
+                            old_number(line, "auto"), old_number(line, "overlap", 3)])
+    probes = []
+    for line in lines:
+        title = [names.get(line["ckpt"], line["ckpt"]), line.get("data", "DAVIS")]
+        if line.get("probe") == "knn":
+            probes.append([*title, "k-NN CLS / PAT / hybrid, k = 10",
+                           " / ".join(f"{line[head]['10']:.1f}" for head in ("cls", "pat", "hybrid"))])
+        elif line.get("probe") == "variance":
+            values = f"{line['crops']:.3f}, {line['masks']:.3f}"
+            probes.append([*title, "variance of CLS, of patches", values])
+        elif line.get("probe") == "linseg":
+            probes.append([*title, "linear segmentation, 300 iterations: mIoU", old_number(line, "miou")])
+        elif line.get("eval") == "davis":
+            probes.append([*title, "J&F", f"{100 * line['J&F-Mean']:.1f}"])
+    tuned = [line for line in lines if "top1" in line]
+    for name, group in itertools.groupby(tuned, key=lambda line: line["data"]):
+        part = " (a tenth of it)" if name == "imagenette" else ""
+        probes.append([names["out/ours/backbone.pth"], name + part, "fine-tuned, three seeds: top-1",
+                       ablation.cell(list(group), "top1")])
+    return f"""## An earlier run of 0.8 million parameters
+
+The 111 of 20 epochs above, `random:vit_micro/8` beside it, by earlier code: `results/ours/`. Prompts on
+80 images:
+
+{plain_table(['weights', 'images', 'size', 'best t', 'auto', 'O'], prompts)}
+{plain_table(['weights', 'images', 'measure', ''], probes)}"""
+
+
+# ------------------------------------------------- the page
+def marked_part(lines: list[dict]) -> str:
+    """What the mark of a row means, for each kind of row that has it."""
+    found = {}
+    for line in lines:
+        changed = changed_since(str(line["commit"]), line["eval"])
+        if changed:
+            found[f"{line['eval']} by {line['commit']}: {changed}"] = True
+    return "".join(f"-{MARK} {text}\n" for text in found)
+
+
+def page() -> str:
+    lines = lines_of("benchmark.jsonl")
+    devices = ", ".join(sorted({f"{line['device']}, torch {line['torch']}" for line in lines}))
+    parts = [f"""# Results
+
+Generated by `python -m studies.results` from the lines of `results/`; do not edit it by hand. Nothing
+here is at the paper's scale: the paper's numbers are of ViT-S or ViT-B on ImageNet, ours of small
+networks and of parts of public sets. The numbers say whether code and method behave, not which method is
+best.
+
+## Do the paper's claims hold at this scale?
+
+k-NN CLS / PAT in %, k = 10, chance is 10. Paper: Table 4, ViT-S, ImageNet-100, 200 epochs. Ours: a ViT of
+0.8 million parameters, imagenette 5 epochs and two seeds, or 20 epochs and one seed; the toy world, three
+seeds. Digits: rec, cls, pat, 1 = on.
+
+{claims()}
+## What the weights in the box do
+
+mmc.pth: 1.9 million parameters, 66 epochs on imagenette without labels. All networks at 30 x 30 tokens
+where patches are compared, at 112 px elsewhere. *Paper*: ViT-B for COCO, ViT-S elsewhere, on whole sets.
+
+{headlines(lines)}""", f"""## Every table
+
+```sh
+python benchmark.py --ckpt mmc.pth random:vit_mini/8 random:vit_s/16 vits14_dinov2_saliency_fp16.pth \\
+    --grid 30 --crop_size 112 --coco coco --voc VOCdevkit --davis DAVIS --imagenette imagenette imagewoof \\
+    --also variance "--limit 10" --also linseg "--crop 224 --iters 150 --batch_size 4 --lr 3e-3"
+```
+
+Rows of mmc.pth at 480 px: the same with `--size 480`. Data: imagenette (10 ImageNet classes, 9,469 train and
+1,500 validation images of 112 px), imagewoof (1,000 and 500), 80 images of COCO val2017 and of VOC2012 val,
+three sequences of DAVIS-2017; `results/subsets.json` names the files. *DINOv2-S/14, saliency-tuned* was tuned
+by a third party and is not the published DINOv2. Lines: `results/benchmark.jsonl` ({devices}). The best of
+ours is bold.
+"""]
+    for title, heads, rows in sections(lines, NAMES, mark):
+        parts.append(f"### {title}\n\n{markdown(heads, rows)}")
+    notes = marked_part(lines)
+    if notes:
+        parts.append(f"Rows with{MARK} are by code older than the last change of these files, which need not "
+                     f"have changed the numbers:\n\n{notes}")
+    parts += [gpu_part(), studies_part(), earlier_part()]
+    return "\n".join(parts)
+
+
+def unmarked(text: str) -> list[str]:
+    """The lines of the page without what git says about their age."""
+    kept = [line for line in text.splitlines() if not line.startswith(("- †", "Rows with †"))]
+    return [line.replace(MARK, "") for line in kept]
+
+
+def differences(stored: str, made: str) -> list[str]:
+    """What differs between two pages, line by line: the numbers, or else the lines."""
+    found = []
+    before = unmarked(stored)
+    now = unmarked(made)
+    for i, (there, here) in enumerate(itertools.zip_longest(before, now, fillvalue=""), 1):
+        if there == here:
+            continue
+        pattern = r"\d*\.?\d+"
+        pairs = list(zip(re.findall(pattern, there), re.findall(pattern, here), strict=False))
+        other = [f"{a} is {b}" for a, b in pairs if a != b]
+        same_words = re.sub(pattern, "", there) == re.sub(pattern, "", here)
+        row = here.split("|")[1].strip() if here.startswith("|") else here[:60]
+        what = ", ".join(other) if other and same_words else f"{there[:80]!r} is {here[:80]!r}"
+        found.append(f"line {i}, {row}: {what} in results/")
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    made = page()
+    if args.check:
+        found = differences(PAGE.read_text(), made)
+        if found:
+            raise run.Mistake(f"{PAGE.relative_to(ROOT)} is not what results/ say: " + "; ".join(found[:10]))
+        print("the same")
+        return
+    PAGE.write_text(made)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = run.Parser(description=__doc__)
+    p.add_argument("--check", action="store_true", help="write nothing, and say which numbers differ")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run.script(main, get_args)
