@@ -31,7 +31,9 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for language, block in FENCE.findall(text):
         if language in ("sh", "bash"):
             lines += block.replace("\\\n", " ").splitlines()
-    lines += [code for code in inline_code(text) if code.startswith(("python ", "torchrun "))]
+    for code in inline_code(text):             # a script alone is its name, not a whole command
+        if code.startswith(("python ", "torchrun ")) and " --" in code:
+            lines.append(code)
     found = []
     for line in lines:
         for part in re.split(r"&&|;|(?<!\S)&(?!\S)", line.split(" #")[0]):
