@@ -20,7 +20,7 @@ import data
 import run
 from data import CentreCrop, Subset, labelled, with_classes_of
 from distributed import all_sum, is_main, rank, say, world_size
-from images import Unreadable, normalize, to_device
+from images import Unreadable, crop_size, normalize, to_device
 from model import ViT
 from run import Mistake
 
@@ -47,17 +47,6 @@ class Classifier(nn.Module):
         pat = tokens[:, self.backbone.num_prefix_tokens:].mean(1)      # (B, D)
         inputs = {"cls": cls, "pat": pat, "hybrid": torch.cat([cls, pat], dim=1)}
         return self.head(inputs[self.reads])
-
-
-def crop_size(vit: ViT, size: int | None) -> int:
-    """Pixels of the crop's side: `size`, or 224 floored to whole patches.  Raises Mistake."""
-    P = vit.patch_size
-    if size is None:
-        return max(1, 224 // P) * P
-    if size % P:
-        raise Mistake(f"--size {size} is not a multiple of the patch size {P} of the network: try "
-                      f"{max(1, size // P) * P}")
-    return size
 
 
 # ------------------------------------------------- files
@@ -234,7 +223,7 @@ def test(args, device: torch.device) -> None:
     _, val = open_pair(args)
     known = SimpleNamespace(classes=content["classes"])
     val = with_classes_of(known, val, f"--eval {args.eval} and --data")
-    args.size = crop_size(model.backbone, args.size or content["size"])
+    args.size = crop_size(model.backbone.patch_size, args.size or content["size"])
     answers = predict(model.to(device), val, args, device)
     protocol = {"size": args.size, "head": model.reads, "n_val": len(val)}
     report(args, answers, val, {}, ckpt=args.eval, weights=checkpoint.digest(model), protocol=protocol,

@@ -37,10 +37,10 @@ import data
 import figure
 import run
 from augment import AUGMENTS, mix, soft_targets
-from classifier import HEADS, Classifier, crop_size, of_each_class, open_pair, predict, report
+from classifier import HEADS, Classifier, of_each_class, open_pair, predict, report
 from data import Batches, Views, seed_of
 from distributed import fast_precision, is_main, rank, say, world_size
-from images import centre_crop, normalize, to_device
+from images import centre_crop, crop_size, normalize, to_device
 from masking import random_resized_crop
 from model import ViT, cosine_schedule
 from run import Guard, Mistake, above, at_least, between
@@ -67,7 +67,7 @@ def build(args, ckpt: str, classes: int) -> tuple[argparse.Namespace, Classifier
     own = argparse.Namespace(**vars(args))
     own.ckpt = ckpt
     own.weights = checkpoint.digest(vit)
-    own.size = crop_size(vit, args.size)
+    own.size = crop_size(vit.patch_size, args.size)
     if len(args.ckpt) > 1:
         own.output_dir = str(folder_of(args, ckpt))
 

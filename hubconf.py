@@ -1,6 +1,6 @@
 """For torch.hub: encoders as modules, (B, 3, H, W) normalised pixels -> (B, T, D) tokens.
 
-    vit = torch.hub.load(DIR, "mmc_micro", source="local")            # our small network: mmc.pth in DIR
+    vit = torch.hub.load(DIR, "mmc_mini", source="local")             # our small network: mmc.pth in DIR
     vit = torch.hub.load(DIR, "load", "dino.pth", source="local")     # any file that load_backbone reads
 
 DIR is a clone of this repository.  tokens[:, 0] is CLS, tokens[:, vit.num_prefix_tokens:] are the patches."""
@@ -18,6 +18,9 @@ def load(path: str, checkpoint_key: str | None = None, num_heads: int | None = N
     return vit
 
 
-def mmc_micro():
+def mmc_mini():
     """Our small network, trained with MMC.  Raises Mistake where mmc.pth is not beside this file."""
     return load(str(pathlib.Path(__file__).parent / "mmc.pth"))
+
+
+mmc_micro = mmc_mini                           # the box has had a smaller one of this name

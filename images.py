@@ -98,6 +98,16 @@ def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
     return image[:, top:top + size, left:left + size]
 
 
+def crop_size(patch: int, size: int | None) -> int:
+    """Pixels of a crop's side: `size`, or 224 floored to whole patches.  Raises Mistake."""
+    if size is None:
+        return max(1, 224 // patch) * patch
+    if size % patch:
+        raise Mistake(f"--size {size} is not a multiple of the patch size {patch} of the network: try "
+                      f"{max(1, size // patch) * patch}")
+    return size
+
+
 # ------------------------------------------------- one file
 @contextmanager
 def decoding(path: str | os.PathLike):

@@ -31,17 +31,6 @@ Features = dict[str, Tensor]                   # "cls": (n, D), "pat": (n, D)
 
 
 # ------------------------------------------------- frozen features
-def crop_size(vit: ViT, size: int | None) -> int:
-    """Pixels of the crop's side: `size`, or 224 floored to whole patches.  Raises Mistake."""
-    P = vit.patch_size
-    if size is None:
-        return max(1, 224 // P) * P
-    if size % P:
-        raise Mistake(f"--size {size} is not a multiple of the patch size {P} of the network: try "
-                      f"{max(1, size // P) * P}")
-    return size
-
-
 @torch.no_grad()
 def extract_features(
     vit: ViT, images, size: int, device: torch.device,

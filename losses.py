@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distributed import all_gather, all_sum, world_size
 
-CPU_ROWS = 392
-GPU_BYTES = 256 * 2 ** 20
+CPU_ROWS = 392                                 # of a block of Eq. (2): its similarities stay in the cache
+GPU_BYTES = 256 * 2 ** 20                      # of a block elsewhere
 
 
 def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -34,37 +34,12 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return error * world_size() / corrupted
 
 
-def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:
-    """Eq. (3): InfoNCE of student CLS queries against the teacher's CLS keys of all ranks.
-
-        L_cls = - mean_b log exp(q_b.k_b/tau) / sum_j exp(q_b.k_j/tau),   j over the W*B keys of one view
-
-    q: (V+L, B, C) student, global views first, carries gradient.  k: (V, B, C) teacher, none.  Both are
-    normalised here.  The mean runs over the pairs (student crop i, teacher view j) with i != j: global views
-    against the other view, local crops against both.
-
-    The gather changes the loss: without it the negatives are those of one rank.  It needs equal batches, and
-    the labels of rank r begin at r*B; forgetting either is invisible on one rank."""
-    q = F.normalize(q.float(), dim=-1)
-    k = F.normalize(k.detach().float(), dim=-1)
-    B = q.shape[1]
-    loss = 0.0
-    for j, view in enumerate(k):
-        keys, first = all_gather(view)                                 # (W*B, C)
-        queries = torch.cat([q[:j], q[j + 1:]])                        # (V+L-1, B, C)
-        logits = queries.flatten(0, 1) @ keys.T / tau                  # ((V+L-1)*B, W*B)
-        labels = first + torch.arange(B, device=q.device)
-        labels = labels.repeat(len(queries))
-        loss = loss + F.cross_entropy(logits, labels)
-    return loss / len(k)
-
-
 def patch_contrast(
     q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
     negatives: str | int = "others", block: int | None = None,
 ) -> Tensor:
-    """Eq. (2), written plainly as `plain_patch_contrast` in tests/plain_forms.py: every patch finds its own
-    clean version among the patches of *other* images, on this rank, in one view.
+    """Eq. (2), in a fast form; the plain one is `plain_patch_contrast` in tests/plain_forms.py.  Every patch
+    finds its own clean version among the patches of *other* images, on this rank, in one view.
 
         L_pat = - mean_a log exp(q_a.k_a/tau) / Z_a
         Z_a   = exp(q_a.k_a/tau) + sum_(b' != b(a), p') exp(q_a.k_(b'p')/tau)
@@ -128,7 +103,7 @@ class PatchInfoNCE(torch.autograd.Function):
             query = q[rows]                                            # (r, C)
             positive = keys[anchors[rows]]                             # (r, C)
             own = image[rows]                                          # (r,)
-            seat = own * n             # column of the positive: the first of those of the own image
+            seat = own * n             # a column of the own image is free: the positive sits there
             r = torch.arange(len(query), device=q.device)
 
             logits = logits_buffer[:len(query)]                        # (r, B*n)
@@ -139,7 +114,7 @@ class PatchInfoNCE(torch.autograd.Function):
             p = p_buffer[:len(query)]                                  # (r, B*n) = exp(logits) / Z
             torch.softmax(logits, -1, out=p)
 
-            # -log p of the positive by way of the largest p, because its own may underflow
+            # -log p_own = (largest logit - own logit) - log(largest p), as p_own itself may underflow
             behind = logits.amax(-1) - logits[r, seat]
             total += (behind - p.amax(-1).log()).sum()
 
@@ -154,6 +129,31 @@ class PatchInfoNCE(torch.autograd.Function):
     def backward(ctx, grad):
         (dq,) = ctx.saved_tensors
         return grad * dq, None, None, None, None, None
+
+
+def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:
+    """Eq. (3): InfoNCE of student CLS queries against the teacher's CLS keys of all ranks.
+
+        L_cls = - mean_b log exp(q_b.k_b/tau) / sum_j exp(q_b.k_j/tau),   j over the W*B keys of one view
+
+    q: (V+L, B, C) student, global views first, carries gradient.  k: (V, B, C) teacher, none.  Both are
+    normalised here.  The mean runs over the pairs (student crop i, teacher view j) with i != j: global views
+    against the other view, local crops against both.
+
+    The gather changes the loss: without it the negatives are those of one rank.  It needs equal batches, and
+    the labels of rank r begin at r*B; forgetting either is invisible on one rank."""
+    q = F.normalize(q.float(), dim=-1)
+    k = F.normalize(k.detach().float(), dim=-1)
+    B = q.shape[1]
+    loss = 0.0
+    for j, view in enumerate(k):
+        keys, first = all_gather(view)                                 # (W*B, C)
+        queries = torch.cat([q[:j], q[j + 1:]])                        # (V+L-1, B, C)
+        logits = queries.flatten(0, 1) @ keys.T / tau                  # ((V+L-1)*B, W*B)
+        labels = first + torch.arange(B, device=q.device)
+        labels = labels.repeat(len(queries))
+        loss = loss + F.cross_entropy(logits, labels)
+    return loss / len(k)
 
 
 @torch.no_grad()

@@ -254,13 +254,6 @@ def corrupted_share(mask: Tensor, p: int) -> Tensor:
     return patchify(mask[:, None].float(), p).mean(-1)
 
 
-def mask_to_patches(mask: Tensor, p: int, share: float = 0.5) -> Tensor:
-    """(B, S, S) bool -> (B, N) bool: True where at least `share` of a patch's pixels are corrupted; a share
-    of 0 means any pixel."""
-    covered = corrupted_share(mask, p)
-    return covered >= share if share > 0 else covered > 0
-
-
 # ---- colour, on the device ----
 # Each op is that of torchvision.transforms.functional with the same name, with a factor (B,) for each image.
 def luma(x: Tensor) -> Tensor:

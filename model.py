@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as computed_again
 
 # name: (width D, blocks, heads).  Add a line here to add an architecture.
 ARCHS = {
@@ -249,7 +249,7 @@ class ViT(nn.Module):
             for i, block in enumerate(self.blocks, start=1):
                 cls_now = cls_only and i == self.depth
                 if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, cls_now, use_reentrant=False)
+                    x = computed_again(block, x, cls_now, use_reentrant=False)
                 else:
                     x = block(x, cls_now)
             return self.norm(x)

@@ -14,6 +14,7 @@ C width of the contrastive space, M patches with corrupted pixels, A anchors."""
 import argparse
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,21 +49,15 @@ class Inputs(NamedTuple):
     """What one batch gives to the networks and the losses; views stand one after another.
 
     rec_index: (M,) the patches with a corrupted pixel, numbered among all V*B*N.
-    anchors: for each view (A,) the anchors of Eq. (2), numbered among its B*N patches; None for all
-    patches."""
+    anchors: for each view (A,) the anchors of Eq. (2), numbered among its B*N patches; None for all patches.
+    pat_index: the anchors of both views, numbered among all V*B*N; None for all patches."""
     clean: Tensor              # (V*B, 3, S, S)
     corrupted: Tensor          # (V*B, 3, S, S)
     local: Tensor | None       # (L*B, 3, s, s)
     mask: Tensor               # (V*B, S, S) bool, True = corrupted
     rec_index: Tensor
     anchors: list[Tensor | None]
-
-    def pat_index(self, n_patches: int) -> Tensor | None:
-        """The anchors of both views, numbered among all V*B*N patches."""
-        if self.anchors[0] is None:
-            return None
-        per_view = len(self.clean) // 2 * n_patches
-        return torch.cat([self.anchors[0], per_view + self.anchors[1]])
+    pat_index: Tensor | None
 
 
 def view_by_view(x: Tensor) -> Tensor:
@@ -73,7 +68,7 @@ def view_by_view(x: Tensor) -> Tensor:
 def prepare(batch: dict, args, device: torch.device) -> Inputs:
     """Colour and corrupt the crops of a batch on the device.  Each view is corrupted by itself, so that alien
     pixels never come from the same image."""
-    def coloured(name: str, crops: slice) -> Tensor:
+    def coloured(name: str, crops: slice) -> Tensor:                   # colours: views first, then local
         draws = Colours(*(view_by_view(x[:, crops]) for x in batch["colours"]))
         return colour(view_by_view(to_device(batch[name], device)), draws)
 
@@ -86,13 +81,16 @@ def prepare(batch: dict, args, device: torch.device) -> Inputs:
         alien, noise_seed = batch["corruption"].alien[:, v], batch["corruption"].noise_seed[:, v]
         corrupted.append(gmml(view, mask[:, v], alien, noise_seed))
 
-    # Indices are found on the CPU: the device would have to be waited for.
-    rec_index = to_device(view_by_view(batch["corrupted_patches"]).flatten().nonzero()[:, 0], device)
-    anchors = [None, None]
+    def where(chosen: Tensor) -> Tensor:                               # on the CPU, or the device would wait
+        return to_device(chosen.flatten().nonzero()[:, 0], device)
+
+    rec_index = where(view_by_view(batch["corrupted_patches"]))
+    anchors, pat_index = [None, None], None
     if args.patch_tokens == "masked":
-        masked = batch["masked_patches"].unbind(1)                     # V x (B, N)
-        anchors = [to_device(m.flatten().nonzero()[:, 0], device) for m in masked]
-    return Inputs(clean, torch.cat(corrupted), local, view_by_view(mask), rec_index, anchors)
+        masked = batch["masked_patches"]                               # (B, V, N)
+        anchors = [where(masked[:, v]) for v in (0, 1)]
+        pat_index = where(view_by_view(masked))
+    return Inputs(clean, torch.cat(corrupted), local, view_by_view(mask), rec_index, anchors, pat_index)
 
 
 # ------------------------------------------------- the method
@@ -127,7 +125,6 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
     last = args.epochs * batches.per_epoch
     lr = cosine_schedule(global_lr(args), args.min_lr, last, round(args.warmup_epochs * batches.per_epoch))
     momentum = cosine_schedule(args.momentum_teacher, 1.0, last)
-    n_patches = (args.global_crops_size // args.patch_size) ** 2
     monitor.start_bar(first, last)
 
     for step, parts in batches.steps(first, last):
@@ -135,11 +132,11 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
         optimizer.zero_grad(set_to_none=True)
         values = {}
         for batch in parts:                                            # --accum of them, each as if alone
-            student.require_backward_grad_sync = batch is parts[-1]    # the ranks join gradients once a step
+            student.require_backward_grad_sync = batch is parts[-1]    # of DDP: join gradients once a step
             inputs = prepare(batch, args, device)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                out = student(inputs.corrupted, inputs.local, inputs.rec_index, inputs.pat_index(n_patches))
+                out = student(inputs.corrupted, inputs.local, inputs.rec_index, inputs.pat_index)
                 with torch.no_grad():
                     target = teacher(inputs.clean) if args.w_pat or args.w_cls else {}
 
@@ -393,10 +390,12 @@ def plural(n: int, word: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     device = run.begin(args, width=ARCHS[args.arch][0])
+    began = time.time()
     images = open_images(args, "train", toy_seed=args.seed)
     val = open_val(args, toy_seed=args.seed)
-    say(f"{args.data}: {images.about}")
-    args.images = f"{len(images)} ({data.digest(images)})"
+    seconds = time.time() - began
+    say(f"{args.data}: {images.about}" + (f"; listed in {seconds:.0f} s" if seconds > 1 else ""))
+    args.images = f"{len(images)} ({data.digest(images)})"             # stored: a resume compares them
     transform = crops(args)
     batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
                       pin=device.type == "cuda")
@@ -428,7 +427,11 @@ def main(args: argparse.Namespace) -> None:
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         student = nn.parallel.DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
-    train(student, teacher, optimizer, batches, monitor, args, device, first, save)
+    try:
+        train(student, teacher, optimizer, batches, monitor, args, device, first, save)
+    except data.LoaderDied:
+        save(monitor.bar.n)                                            # between two steps
+        raise
     monitor.finish(unwrap(student), teacher.backbone)
 
 

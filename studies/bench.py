@@ -111,7 +111,6 @@ class Step:
         self.student, self.teacher = pretrain.networks(self.args, device)
         groups = pretrain.param_groups(self.student, self.args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=device.type != "mps")
-        self.n_patches = (self.args.global_crops_size // self.args.patch_size) ** 2
         image = torch.randint(0, 256, (3, 375, 500), dtype=torch.uint8)
         crops = pretrain.crops(self.args)
         self.batch = default_collate([crops(image, generator_of(i)) for i in range(self.args.batch_size)])
@@ -130,9 +129,8 @@ class Step:
         args, student, teacher = self.args, self.student, self.teacher
         inputs = part("augmentation", lambda: pretrain.prepare(self.batch, args, self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            index = inputs.pat_index(self.n_patches)
-            out = part("student forward",
-                       lambda: student(inputs.corrupted, inputs.local, inputs.rec_index, index))
+            out = part("student forward", lambda: student(
+                inputs.corrupted, inputs.local, inputs.rec_index, inputs.pat_index))
             with torch.no_grad():
                 target = part("teacher forward", lambda: teacher(inputs.clean))
         losses = part("losses", lambda: pretrain.mmc_losses(out, target, inputs, args))

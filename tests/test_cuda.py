@@ -31,8 +31,7 @@ def losses_of(device: str, *more: str) -> dict[str, float]:
     step = Step([*SMALL, *more], torch.device(device))
     inputs = pretrain.prepare(step.batch, step.args, step.device)
     with torch.autocast(device, torch.bfloat16, enabled=step.args.precision == "bf16"):
-        index = inputs.pat_index(step.n_patches)
-        out = step.student(inputs.corrupted, inputs.local, inputs.rec_index, index)
+        out = step.student(inputs.corrupted, inputs.local, inputs.rec_index, inputs.pat_index)
         target = step.teacher(inputs.clean)
     found = pretrain.mmc_losses(out, target, inputs, step.args)
     assert all(loss.dtype == torch.float32 for loss in found.values())

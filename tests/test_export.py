@@ -68,7 +68,7 @@ def test_hub_opens_the_file_beside_it_or_says_that_it_is_not_there(ours, monkeyp
         hub["mmc_micro"]()
     path.rename(path.parent / "mmc.pth")
     assert torch.equal(hub["mmc_micro"]()(IMAGES), network(IMAGES))
-    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_micro"]
+    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_mini", "mmc_micro"]
     assert all(importlib.util.find_spec(name) for name in hub["dependencies"])
 
 

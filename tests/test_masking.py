@@ -19,9 +19,9 @@ from masking import (
     MultiCrop,
     add_blocks,
     colour,
+    corrupted_share,
     crop_box,
     gmml,
-    mask_to_patches,
     random_resized_crop,
 )
 
@@ -140,12 +140,12 @@ def test_tiny_images_mask_at_least_a_patch():
     assert (mask.float().mean((1, 2)) >= 0.25).all()
 
 
-def test_mask_to_patches_is_by_majority():
+def test_a_patch_is_masked_by_majority():
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, 0, :2] = True                                              # half of patch 0
     mask[0, 0, 2] = True                                               # a quarter of patch 1
-    assert mask_to_patches(mask, 2).tolist() == [[True, False, False, False]]
-    assert mask_to_patches(mask, 2, 0).tolist() == [[True, True, False, False]]
+    assert (corrupted_share(mask, 2) >= 0.5).tolist() == [[True, False, False, False]]
+    assert (corrupted_share(mask, 2) > 0).tolist() == [[True, True, False, False]]
 
 
 def test_the_worker_says_which_patches_are_corrupted():
@@ -154,13 +154,13 @@ def test_the_worker_says_which_patches_are_corrupted():
     views = MultiCrop(SMALL, GMML(), patch_size=8)(image, generator_of(1))
     mask = views["corruption"].mask
     assert "masked_patches" not in plain and torch.equal(plain["corruption"].mask, mask)
-    assert torch.equal(views["corrupted_patches"], mask_to_patches(mask, 8, 0))
-    assert torch.equal(views["masked_patches"], mask_to_patches(mask, 8))
+    assert torch.equal(views["corrupted_patches"], corrupted_share(mask, 8) > 0)
+    assert torch.equal(views["masked_patches"], corrupted_share(mask, 8) >= 0.5)
     assert views["masked_patches"].shape == (2, 16)
     assert views["corrupted_patches"].sum() > views["masked_patches"].sum()
     for seed in range(10):                                             # blocks of 4 pixels: many half patches
         views = MultiCrop(SMALL, GMML(align=4), patch_size=8)(image, generator_of(seed))
-        assert torch.equal(views["masked_patches"], mask_to_patches(views["corruption"].mask, 8))
+        assert torch.equal(views["masked_patches"], corrupted_share(views["corruption"].mask, 8) >= 0.5)
 
 
 # ---- colour
