@@ -150,8 +150,8 @@ def test_what_is_no_data_is_left_out_and_counted(tmp_path):
     (tmp_path / "bee" / "up").symlink_to(tmp_path)
     source = ImageFolder(tmp_path)
     assert source.classes == ["ant", "bee"] and len(source) == 21
-    assert source.about == ("21 images, 2 classes; left out: 1 .mp4, 1 .txt, 1 images beside the class folders, "
-                            "2 links to folders that are there already")
+    assert source.about == ("21 images, 2 classes; left out: 1 .mp4, 1 .txt, 1 images beside the class "
+                            "folders, 2 links to folders that are there already")
 
 
 def test_all_suffixes_of_images_are_read(tmp_path):
@@ -395,7 +395,8 @@ def test_a_strip_is_cut_before_it_is_resized():
 
 def test_number_masks(tmp_path):
     numbers = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    forms = {"grey.png": numbers, "rgb.png": np.stack([numbers] * 3, -1), "deep.png": numbers.astype(np.uint16)}
+    rgb = np.stack([numbers] * 3, -1)
+    forms = {"grey.png": numbers, "rgb.png": rgb, "deep.png": numbers.astype(np.uint16)}
     for name, array in forms.items():
         Image.fromarray(array).save(tmp_path / name)
         assert np.array_equal(read_numbers(tmp_path / name), numbers), name

@@ -127,7 +127,7 @@ def test_other_options_are_refused_and_new_ones_are_not(tmp_path):
         run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
     run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), {"width"}, stored)
     run.claim_folder(args_of(tmp_path, "--width", "9", "--force"), parser(), {"force"}, stored)
-    del stored["options"]["width"]                                     # of a run from before this option existed
+    del stored["options"]["width"]                                     # a run from before this option
     run.claim_folder(args_of(tmp_path), parser(), set(), stored)
     with pytest.raises(Mistake, match="--width 8 -> 9"):
         run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
