@@ -36,7 +36,7 @@ import run
 import videos
 import zeroshot
 from distributed import say
-from images import read_image
+from images import crop_size, read_image
 from labelmaps import Pairs
 from model import ViT
 from report import TABLES, find_pictures, write_report
@@ -135,14 +135,14 @@ def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
         sources = [few_of_each(images, n) for images, n in zip(sources, each, strict=True)]
 
     def options(network: Network, seed: int):
-        size = args.crop_size or probes.crop_size(network.vit, None)
+        size = args.crop_size or crop_size(network.vit.patch_size, None)
         more = ["--seed", seed] if probe != "knn" else []
         more += ["--num_workers", args.num_workers] if probe != "variance" else []
         return parse(args, probe, probes.get_args, network.ckpt, probe, "--data", folder, "--size", size,
                      *more)
 
     def work(own, network: Network):
-        size = probes.crop_size(network.vit, own.size)
+        size = crop_size(network.vit.patch_size, own.size)
         probes.evaluate(own, network.ckpt, network.vit, sources, size, device)
 
     def cost(own):
