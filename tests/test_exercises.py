@@ -104,6 +104,11 @@ def test_every_solution_is_tested_and_named():
     assert set(re.findall(r"\]\((\w+)\.patch\)", TEXT)) == set(FILES_AND_LINES)
 
 
+def test_the_broken_teacher_goes_on_top_of_dino(tmp_path):
+    assert "on top of exercise 5" in " ".join(TEXT.split())
+    patched(tmp_path / "code", "dino_ibot", "broken_teacher")
+
+
 def test_the_options_that_the_page_names_exist(tmp_path):
     code = patched(tmp_path / "code", "koleo", "mae")
     source = (code / "pretrain.py").read_text() + (ROOT / "run.py").read_text()
