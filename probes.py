@@ -37,10 +37,9 @@ import figure
 import run
 from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images
 from distributed import say
-from images import BadImage, Unreadable, centre_crop, denormalize, normalize, to_device
+from images import BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
 from knn import (  # noqa: F401 - whoever imports probes finds k-NN here
     KS,
-    crop_size,
     draw_episodes,
     extract_features,
     few_shot,
@@ -73,7 +72,7 @@ def knn_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict,
 class MiniImageNet(ImageFolder):
     """mini-ImageNet's layout: ROOT/images, and ROOT/test.csv of filename,label lines.  Raises Mistake."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, only: list[str] | None = None):
         table = root / "test.csv"
         try:
             text = table.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -82,9 +81,13 @@ class MiniImageNet(ImageFolder):
         self.files = []
         names = []
         for line in csv.reader(text.splitlines()):
-            if len(line) > 1 and line[0] != "filename":
+            if len(line) < 2 or line[0] == "filename":
+                continue
+            if only is None or line[1] in only:
                 self.files.append(str(root / "images" / line[0]))
                 names.append(line[1])
+        if missing := sorted(set(only or ()) - set(names)):
+            raise Mistake(f"{table}: no image of {', '.join(missing[:5])}, which --classes names")
         if not names:
             raise Mistake(f"{table}: no lines of filename,label")
         self.root = str(root)
@@ -96,13 +99,14 @@ class MiniImageNet(ImageFolder):
 def open_few_shot(args: argparse.Namespace):
     """What --data names: mini-ImageNet, a val split, or else the folder itself."""
     root = Path(args.data)
+    only = data.chosen_classes(args.classes)
     if (root / "test.csv").is_file() and (root / "images").is_dir():
-        return MiniImageNet(root)
+        return MiniImageNet(root, only)
     if not root.is_dir() or data.has_splits(root):
         return open_images(args, "val")
     images = open_images(args)
     if images.labels is None and (root / "val").is_dir():
-        images = ImageFolder(root / "val")
+        images = ImageFolder(root / "val", only)
     return images
 
 
@@ -375,7 +379,7 @@ def main(args: argparse.Namespace) -> None:
     run.check_outputs(args, "json", "picture")
     device = run.begin(args, one_process=True)
     networks = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
-    sizes = [crop_size(vit, args.size) for vit in networks]
+    sizes = [crop_size(vit.patch_size, args.size) for vit in networks]
     deepest = min(vit.depth for vit in networks)
     if max(getattr(args, "blocks", None) or [1]) > deepest:
         raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
@@ -413,7 +417,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--temp", type=run.above(0.0), default=0.07, help="of the votes (default 0.07)")
 
     p = probes.add_parser("fewshot", help="5-way 1-shot classification", description=__doc__)
-    run.add_shared(p, f"{network} {images} {loader} seed")
+    run.add_shared(p, f"{network} {images} classes {loader} seed")
 
     p = probes.add_parser("variance", help="feature variance under crops and masks", description=__doc__)
     run.add_shared(p, f"{network} {images} classes seed")
