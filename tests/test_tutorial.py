@@ -113,6 +113,8 @@ def test_other_numbers():
          f"`vit_micro` is {ARCHS['vit_micro'][0]}")
     for m in (0.996, 0.8):
         assert f"{math.log(2) / -math.log(m):.0f} steps for the " in PROSE
+    says("Eq. (3) counts 0.6", "negatives from 6 places")
+    assert "--w_cls 0.6 --patch_negatives 6" in TEXT
     assert pretrain.TOY["momentum_teacher"] == 0.8 and paper.temp == 0.2
     assert 248 == 4 * (4000 // pretrain.TOY["batch_size"]) and "steps=248" in TEXT
     says(f"each of the {ARCHS[pretrain.TOY['arch']][1]} blocks", "exp(cosine / 0.07)", "with 3 clusters")
