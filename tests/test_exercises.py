@@ -50,7 +50,8 @@ def patched(folder: Path, *names: str) -> Path:
         done = subprocess.run(["git", "apply", FOLDER / f"{name}.patch"], cwd=folder, text=True,
                               env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)},
                               capture_output=True)
-        assert done.returncode == 0, f"{name}.patch no longer applies: {done.stderr}"
+        assert done.returncode == 0, (f"{name}.patch no longer applies; `patch -p1 --fuzz=3` may still do, "
+                                      f"and `git diff -U1` makes it anew: {done.stderr}")
     return folder
 
 
