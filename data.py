@@ -3,6 +3,7 @@
     --data DIR   any folder: flat or nested, with class folders or not; DIR/train and DIR/val where they exist
     --data toy   the generated world of toy.py
     --data pets  cifar10, cifar100, stl10, flowers102, pets, cars, aircraft, through torchvision (--download)
+    python data.py DIR    what is there, and which commands can run on it (inspect_data.py)
 
 An image source has `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (or None), `classes`, and
 `about`, a line on what it holds.  Everything random about a training image comes from a generator of its own,
@@ -10,6 +11,7 @@ seeded by (seed, epoch, index), so that no worker, rank or batch changes it."""
 import hashlib
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +22,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
 from images import EXTENSIONS, BadImage, centre_crop, pil_to_tensor, read_image
-from run import Mistake
+from run import Mistake, script
 from toy import CLASSES, Scene, scene
 
 MAX_STRAYS = 0.1                               # share of images beside the class folders that is left out
 SPLITS = {"train", "val", "valid", "validation", "test"}
-IN100 = Path(__file__).parent / "in100.txt"    # the 100 classes of ImageNet-100
 
 
 class LoaderDied(Mistake):
@@ -51,9 +52,8 @@ def evenly(n: int, total: int) -> list[int]:
 def walk(root: str | os.PathLike, left_out: Counter, only: set[str] | None = None) -> Iterator[str]:
     """Paths of all images below a folder, unsorted: the one walk of every script.
 
-    Names that begin with a dot are never data.  A folder to which links lead is entered once.  Other files
-    are counted in `left_out` by suffix.  only: names of the folders to enter directly below the root.  Raises
-    Mistake for a folder that cannot be opened."""
+    Names that begin with a dot are no data.  A folder to which links lead is entered once.  What is no image
+    is counted in `left_out` by suffix.  only: the folders to enter at the top.  Raises Mistake."""
     waiting, seen = [str(root)], set()
     while waiting:
         folder = waiting.pop()
@@ -68,13 +68,13 @@ def walk(root: str | os.PathLike, left_out: Counter, only: set[str] | None = Non
         seen.add((about.st_dev, about.st_ino))
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
+            link = entry.is_symlink()                  # may lead nowhere, or to itself
             if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
+                left_out["hidden"] += 1
+            elif os.path.isdir(entry.path) if link else entry.is_dir():
                 if only is None or folder != str(root) or entry.name in only:
-                    links_last = 0 if entry.is_symlink() else len(waiting)
-                    waiting.insert(links_last, entry.path)
-            elif suffix in EXTENSIONS:
+                    waiting.insert(0 if link else len(waiting), entry.path)
+            elif suffix in EXTENSIONS and (link or entry.is_file()):
                 yield entry.path
             else:
                 left_out[suffix or "without suffix"] += 1
@@ -99,20 +99,22 @@ class ImageFolder:
         left_out, chosen = Counter(), set(only or ())
         self.files = sorted(walk(root, left_out, chosen or None))
         start = len(root.rstrip(os.sep)) + 1
-        tops = [file[start:].split(os.sep, 1) for file in self.files]
-        strays = sum(len(top) == 1 for top in tops)
-        names = {top[0] for top in tops if len(top) > 1}
+        tops = []                                      # the folder of each file at the top, "" for none
+        for file in self.files:
+            end = file.find(os.sep, start)
+            tops.append(sys.intern(file[start:end]) if end > 0 else "")
+        strays = tops.count("")
+        names = set(tops) - {""}
         why = ""
         if len(names) < 2:
             why = "no class folders" if not names else f"one folder only, {min(names)}"
         elif strays > MAX_STRAYS * len(tops):
             why = f"{strays} images lie beside the {len(names)} folders"
         elif strays:
-            self.files = [file for file, top in zip(self.files, tops, strict=True) if len(top) > 1]
-            tops = [top for top in tops if len(top) > 1]
+            self.files = [file for file, top in zip(self.files, tops, strict=True) if top]
+            tops = [top for top in tops if top]
             left_out["images beside the class folders"] = strays
-        if chosen - names:
-            missing = sorted(chosen - names)
+        if missing := sorted(chosen - names):
             raise Mistake(f"{root}: {len(missing)} of {len(chosen)} classes asked for have no images here, "
                           f"such as {', '.join(missing[:5])}")
         if not self.files:
@@ -120,7 +122,7 @@ class ImageFolder:
                           f"{' '.join(sorted(EXTENSIONS))}")
         self.classes = [] if why else sorted(names)
         number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [number[top[0]] for top in tops] if self.classes else None
+        self.labels = [number[top] for top in tops] if self.classes else None
         self.about = described(len(self.files), self.classes, left_out, why)
         self.root = root
 
@@ -228,38 +230,41 @@ def open_images(args, split: str = "train", toy_seed: int = 0):
     """The source that --data names.  split: 'train', or 'val', which is None where there is no such split.
 
     args: data, data_root, download, classes.  Raises Mistake."""
+    root, only = Path(args.data), chosen_classes(getattr(args, "classes", None))
+    if only and not os.path.isdir(root):
+        raise Mistake(f"--classes chooses among class folders, and --data {args.data} is no folder")
+    if getattr(args, "download", False) and not {args.data, getattr(args, "val_data", None)} & NAMED.keys():
+        raise Mistake(f"--download has no effect with --data {args.data}")
     if args.data == "toy":
         return ToyImages(split, seed=toy_seed)
-    if args.data in NAMED and not Path(args.data).is_dir():
+    if args.data in NAMED and not os.path.isdir(root):
         return Named(args.data, split, args.data_root, args.download)
-    root, only = Path(args.data), chosen_classes(getattr(args, "classes", None))
-    if not root.exists():
+    if not os.path.exists(root):
         raise Mistake(f"--data {args.data}: no such folder, and not one of toy, {', '.join(NAMED)}")
     if split == "train":
         return ImageFolder(root / "train" if has_splits(root) else root, only)
     val = root.parent / "val" if root.name == "train" else root / "val"
-    if not val.is_dir() or not (root.name == "train" or has_splits(root)):
+    if not os.path.isdir(val) or not (root.name == "train" or has_splits(root)):
         return None
     return ImageFolder(val, only)
 
 
 def has_splits(root: Path) -> bool:
     """Is root/train a split, and not a class called train (as COCO has one) among other classes?"""
-    if not (root / "train").is_dir():
+    if not os.path.isdir(root / "train"):
         return False
-    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    folders = {name for name in next(os.walk(root), ("", []))[1] if not name.startswith(".")}
     return "val" in folders or folders <= SPLITS
 
 
 def open_val(args, toy_seed: int = 0):
-    """Images to test on: those of --val_data, in its val/ if it has one, else the val split of --data, or
-    None."""
+    """Images to test on: --val_data's, in its val/ if it has one, else the val split of --data, or None."""
     if args.val_data is None:
         return open_images(args, "val", toy_seed)
-    if Path(args.val_data).is_dir():
+    if os.path.isdir(args.val_data):
         inner = Path(args.val_data) / "val"
         only = chosen_classes(getattr(args, "classes", None))
-        return ImageFolder(inner if inner.is_dir() else args.val_data, only)
+        return ImageFolder(inner if os.path.isdir(inner) else args.val_data, only)
     return open_images(type(args)(**vars(args) | {"data": args.val_data}), "val", toy_seed)
 
 
@@ -267,12 +272,11 @@ def chosen_classes(given: str | None) -> list[str] | None:
     """--classes: folder names, one a line, from a file; 'in100' is ImageNet-100.  Raises Mistake."""
     if given is None:
         return None
-    path = IN100 if given == "in100" else Path(given)
+    path = Path(__file__).with_name("in100.txt") if given == "in100" else Path(given)
     try:
-        names = path.read_text(encoding="utf-8-sig").split("\n")
+        names = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as e:
-        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file with a "
-                      "name a line") from e
+        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file") from e
     names = [name.strip() for name in names if name.strip()]
     if len(set(names)) < 2:
         raise Mistake(f"--classes {given}: names {len(set(names))} classes; expected two or more")
@@ -304,8 +308,7 @@ def with_classes_of(train, val, where: str):
 
 
 def digest(images) -> str:
-    """12 hex digits that change with the names or the number of a source's images, wherever its folder
-    lies."""
+    """12 hex digits that tell the names of a source's images, wherever its folder lies."""
     root = getattr(images, "root", "")
     h = hashlib.blake2b(digest_size=6)
     for i in range(len(images)):
@@ -392,8 +395,7 @@ class Batches:
 
         for step, batches in Batches(views, 48, accum=1, workers=8).steps(first, last): ...
 
-    `batches` is a list of `accum` dicts of tensors.  Raises Mistake where one step needs more images than
-    there are, and LoaderDied."""
+    `batches`: a list of `accum` dicts of tensors.  Raises LoaderDied, and Mistake for less than one step."""
 
     def __init__(self, views: Views, batch_size: int, accum: int = 1, workers: int = 0, pin: bool = False):
         self.accum = accum
@@ -441,3 +443,8 @@ def init_worker(_worker: int) -> None:
     """One thread per loader process, and no signals: the training process decides when to stop."""
     torch.set_num_threads(1)
     distributed.ignore_signals()
+
+
+if __name__ == "__main__":
+    from inspect_data import get_args, main
+    script(main, get_args)

@@ -276,13 +276,16 @@ def prompt_iou(args, vit, images, blocks: list[int], device, unreadable: Unreada
     from scenes import Coco, ToyScenes, Voc
     P = vit.patch_size
     size = round(480 / P) * P
+    limit = args.limit or 200
     if args.coco:
-        scenes = Coco(args.coco, limit=args.limit)
+        scenes = Coco(args.coco, limit=limit)
     elif args.voc:
-        scenes = Voc(args.voc, limit=args.limit)
+        scenes = Voc(args.voc, limit=limit)
     elif isinstance(images, ToyImages):
-        scenes = ToyScenes(images, args.limit)
+        scenes = ToyScenes(images, limit)
         size = vit.config["img_size"]
+    elif args.limit:
+        raise Mistake("--limit counts the scenes of --coco or --voc: give one")
     else:
         return {}
     say(f"prompts: {scenes.about}; {size} px")
@@ -296,24 +299,26 @@ def prompt_iou(args, vit, images, blocks: list[int], device, unreadable: Unreada
                            max_bad=args.max_bad)
     tables[0].unreadable.say()
     unreadable.names += tables[0].unreadable.names
-    return {block: table.summary()["best"] for block, table in zip(blocks, tables, strict=True)}
+    summaries = [table.summary() for table in tables]
+    say(f"IoU of the mask that takes everything: {summaries[0]['everything']:.1f}")
+    return {block: summary["best"] for block, summary in zip(blocks, summaries, strict=True)}
 
 
 def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
     blocks = args.blocks or list(range(1, vit.depth + 1))
     say(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10")
+    of_scenes = Unreadable(0, 1.0)
+    iou = prompt_iou(args, vit, sources[1], blocks, device, of_scenes)
     results = knn_of_blocks(
         vit, *sources, size, device, [10], blocks=blocks,
         batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
     )
+    unreadable.names += of_scenes.names
     cls = {block: result["cls"][10] for block, result in zip(blocks, results, strict=True)}
     pat = {block: result["pat"][10] for block, result in zip(blocks, results, strict=True)}
-    iou = prompt_iou(args, vit, sources[1], blocks, device, unreadable)
     for block in blocks:
-        line = f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}"
-        if iou:
-            line += f"  prompt IoU, best t {iou[block]:.1f}"
-        say(line)
+        prompts = f"  prompt IoU, best t {iou[block]:.1f}" if iou else ""
+        say(f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}{prompts}")
     draw_layers(args, ckpt, vit, sources[1], size, [b for b in blocks if b > vit.depth // 2] or blocks)
     protocol = {"blocks": blocks, "k": 10, "coco": args.coco, "voc": args.voc, "limit": args.limit}
     return protocol, {"knn_cls": cls, "knn_pat": pat, "prompt_iou": iou}
@@ -427,7 +432,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = probes.add_parser("layers", help="k-NN and reconstruction of each block", description=__doc__)
     run.add_shared(p, f"{network} {images} classes val_data {loader}")
     p.add_argument("--blocks", type=at_least(1), nargs="+", help="blocks, from 1 (default: all)")
-    p.add_argument("--limit", type=at_least(1), default=200, help="scenes for the prompt IoU (default 200)")
+    p.add_argument("--limit", type=at_least(1), help="scenes for the prompt IoU (default 200)")
     p.add_argument("--picture", default="layers.png", help="of reconstructions (default layers.png)")
     p = p.add_mutually_exclusive_group()
     p.add_argument("--coco", help="COCO folder, for the prompt IoU (with --data toy: toy scenes)")
