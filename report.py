@@ -152,7 +152,9 @@ def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> 
         line = next(iter(rows.values()))[-1]
         images = f", {line['metrics']['n_images']} images" if "n_images" in line["metrics"] else ""
         heads = ["weights", *(column.head for column in table.columns)]
-        title = f"{table.title}; {Path(data_name or layout).name}{images}"
+        parts = Path(data_name or layout).parts
+        where = "/".join(parts[-2:] if parts[-1] == "val" else parts[-1:])
+        title = f"{table.title}; {where}{images}"
         out.append((title, heads, rows_of(table, layout or str(data_name), rows, names, mark)))
     return out
 
@@ -168,10 +170,10 @@ def markdown(heads: list[str], rows: list[list[Cell]]) -> str:
 
 # ------------------------------------------------- the report
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:0 auto;padding:1em;color:#222}
-h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}.wide{overflow-x:auto}img{max-width:100%;height:auto}
+h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
 table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}tr{border-bottom:1px solid #ddd}th{border-bottom:2px solid #888}
-i{color:#666}figure{margin:1em 0}figcaption{color:#666}"""
+i{color:#666}figure{display:inline-block;margin:.5em .5em 1em 0}figcaption{color:#666}"""
 
 
 def html_table(heads: list[str], rows: list[list[Cell]]) -> str:
@@ -222,8 +224,10 @@ def write_report(out: Path, names: dict[str, str], missing: list[str], pictures:
         if text not in left_out:
             left_out.append(text)
     left_out = left_out or ["nothing"]
-    code = sorted({f"code {line['commit']}, torch {line['torch']}, {line['device']}" for line in lines})
-    about = f"Ours, and in italics the paper's numbers, on the paper's data. Measured with {'; '.join(code)}."
+    code = ", ".join(sorted({str(line["commit"]) for line in lines}))
+    machine = "; ".join(sorted({f"torch {line['torch']}, {line['device']}" for line in lines}))
+    about = (f"Ours, and in italics the paper's numbers, on the paper's data. Measured with code {code}; "
+             f"{machine}.")
 
     text = [f"# Benchmark\n\n{about}\n"]
     page = [f"<h1>Benchmark</h1><p>{html.escape(about)}</p>"]
