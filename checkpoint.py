@@ -181,7 +181,10 @@ def load_backbone(path: str, checkpoint_key: str | None = None,
     file that does not tell.  Returns (vit, one line: source, which weights, matched and dropped keys, heads).
     Raises Mistake that names what is wrong."""
     if str(path).startswith("random:"):
-        return random_backbone(str(path))
+        model, report = random_backbone(str(path))
+        if checkpoint_key or num_heads:
+            report += "; --checkpoint_key and --num_heads do not apply to it"
+        return model, report
     return read_backbone(path, load(path), checkpoint_key, num_heads)
 
 

@@ -157,7 +157,7 @@ class Named:
         try:
             with distributed.main_first():                             # or the ranks would write one file
                 self.set = getattr(torchvision.datasets, kind)(root, **splits[split], download=download)
-        except (RuntimeError, OSError) as e:                           # not there; no network
+        except (RuntimeError, OSError, ValueError) as e:               # not there; no network; page gone
             hint = str(e).splitlines()[0] if download else "add --download"
             raise Mistake(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
         labels = next(getattr(self.set, a) for a in attributes if hasattr(self.set, a))

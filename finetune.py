@@ -20,6 +20,7 @@ Signals, NaN and unreadable images as in pretrain.py; exit codes in run.py.
 Shapes: B images of a step per rank, S pixels of a side, C classes."""
 import argparse
 import math
+import os
 import re
 import time
 from functools import partial
@@ -339,7 +340,7 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=device.type != "mps")
 
     path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if path.exists() else None
+    last = checkpoint.load(path) if os.path.exists(path) else None
     run.claim_folder(args, get_parser(), MAY_CHANGE, last)
     first = 0
     if last is not None:
@@ -365,7 +366,8 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
         save(guard.bar.n)                              # the steps that are done
         raise
     guard.finish()
-    report(args, guard.answers, val, {"best": round(guard.best, 3)}, ckpt=args.ckpt, weights=args.weights,
+    more = {"best": round(guard.best, 3), "n_unreadable_train": len(run.bad_names(args.output_dir))}
+    report(args, guard.answers, val, more, ckpt=args.ckpt, weights=args.weights,
            protocol=protocol, seconds=guard.seconds(), device=device)
 
 

@@ -135,23 +135,29 @@ def read_image(path: str | os.PathLike, upright: bool = True) -> Tensor:
                 return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB,
                                                   apply_exif_orientation=upright)
         image.load()
-    return pil_to_tensor(image, upright)
+        return pil_to_tensor(image, upright)
 
 
 def pil_to_tensor(image: Image.Image, upright: bool = True) -> Tensor:
     """Pillow image of any mode -> (3, H, W) uint8 RGB.
 
     Programs do not agree on the range of more than 8 bits (0 to 1, 12 bits, 16 bits): such an image is
-    stretched from its least to its largest value."""
+    stretched from its least to its largest value.  NaN counts as the least.  Raises ValueError without any
+    number."""
     if upright:
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:                      # broken metadata of a sound image: Pillow raises many kinds
             pass
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        values -= values.min()
-        image = Image.fromarray((255 * values / max(values.max(), 1e-12)).round().astype(np.uint8))
+        values = np.asarray(image).astype(np.float64)
+        numbers = values[np.isfinite(values)]
+        if not numbers.size:
+            raise ValueError("no pixel is a number")
+        low = numbers.min()
+        high = numbers.max()
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        image = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).round().astype(np.uint8))
     if image.mode == "P":                      # a palette may carry transparency
         image = image.convert("RGBA")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()

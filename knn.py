@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CentreCrop, generator_of, init_worker, next_batch
-from images import Unreadable, normalize, to_device
+from images import BadImage, Unreadable, normalize, to_device
 from model import ViT
 from run import Mistake
 
@@ -40,7 +40,7 @@ def extract_features(
     """Features of all readable images, for each of the blocks, and labels (n,).
 
     The features are L2-normalised, float32, on the CPU.  unreadable: counts and names the images that cannot
-    be read.  Raises Mistake where none can."""
+    be read.  Raises BadImage where none can."""
     loader = DataLoader(
         CentreCrop(images, size), batch_size,
         num_workers=workers, worker_init_fn=init_worker,
@@ -69,7 +69,7 @@ def extract_features(
 
     found = torch.cat(found)
     if not found.any():
-        raise Mistake(f"none of the {len(images)} images can be read, such as {images.name(0)}")
+        raise BadImage(f"none of the {len(images)} images can be read, such as {images.name(0)}")
     features = []
     for of_block in parts:
         cls, pat = torch.cat(of_block, dim=1)[:, found]                # (n, D)

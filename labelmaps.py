@@ -10,6 +10,7 @@ Samples(train, crop=512, seed=0) is an endless stream of augmented training crop
 uniform(0.5, 2), a random crop, mirrored or not, photometric distortion.
 
 Shapes: H x W pixels, C classes."""
+import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class Pair(NamedTuple):
 def find_layout(root: Path) -> str:
     """Raises Mistake where there is none."""
     for sign, layout in SIGNS.items():
-        if (root / sign).exists():
+        if os.path.exists(root / sign):
             return layout
     expected = "; ".join(f"{layout}: {text}" for layout, text in LAYOUTS.items())
     raise Mistake(f"--data {root}: none of the layouts is there; {expected}")
@@ -86,7 +87,7 @@ def find_layout(root: Path) -> str:
 
 def images_in(folder: Path, left_out: Counter) -> list[Path]:
     """All images below a folder, in the order of their names; none where there is no such folder."""
-    files = walk(folder, left_out) if folder.is_dir() else []
+    files = walk(folder, left_out) if os.path.isdir(folder) else []
     return [Path(file) for file in sorted(files)]
 
 
@@ -121,7 +122,7 @@ def find_cityscapes(root: Path, split: str, left_out: Counter) -> list[Pair]:
         stem = image.name.removesuffix(ending) + "_gtFine_label"
         folder = root / "gtFine" / split / image.parent.name
         pair = Pair(image, folder / f"{stem}TrainIds.png")
-        if not pair.label.is_file():
+        if not os.path.isfile(pair.label):
             pair = Pair(image, folder / f"{stem}Ids.png", CITY_IDS)
         pairs.append(pair)
     return pairs
@@ -187,7 +188,7 @@ class Pairs:
     def __init__(self, root: str | Path, split: str = "train", layout: str = "auto",
                  num_classes: int | None = None):
         root = Path(root)
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise Mistake(f"--data {root}: no such folder")
         self.root = str(root)
         self.layout = find_layout(root) if layout == "auto" else layout
@@ -202,7 +203,7 @@ class Pairs:
             self.pairs = FINDERS[self.layout](root, split, self.left_out)
             self.classes = CLASSES.get(self.layout) or [str(k) for k in range(num_classes or 0)]
 
-        lost = [path for pair in self.pairs for path in pair[:2] if not path.is_file()]
+        lost = [path for pair in self.pairs for path in pair[:2] if not os.path.isfile(path)]
         if lost or not self.pairs:
             found = f"{len(lost)} files are missing, the first {lost[0]}" if lost else "no images"
             raise Mistake(f"{root}, {split}: {found}; expected {LAYOUTS[self.layout]}")

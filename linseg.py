@@ -17,6 +17,7 @@ BatchNorm is synchronised.
 Shapes: B images, H x W pixels, h x w tokens, D width of all blocks together, C classes, W ranks."""
 import argparse
 import math
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -278,8 +279,8 @@ def report(counts: Tensor, classes: list[str]) -> dict:
     for name, value in zip(classes, iou.tolist(), strict=True):
         if not math.isnan(value):
             by_class[name] = round(value, 2)
-    print("  ".join(f"{name} {value:.1f}" for name, value in by_class.items()))
-    print(f"mIoU {miou:.2f} % over {len(by_class)} classes that occur, pixel accuracy {accuracy:.2f} %")
+    say("  ".join(f"{name} {value:.1f}" for name, value in by_class.items()))
+    say(f"mIoU {miou:.2f} % over {len(by_class)} classes that occur, pixel accuracy {accuracy:.2f} %")
     return {"miou": round(miou, 3), "accuracy": round(accuracy, 3), "iou": by_class}
 
 
@@ -305,7 +306,7 @@ def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 
     if rows:
         with run.writing(path):
             figure.sheet(rows).save(path)
-        print(f"look at {path}")
+        say(f"look at {path}")
 
 
 # ------------------------------------------------- one run per checkpoint
@@ -332,7 +333,7 @@ def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> arg
 def claim(args, head: nn.Module, optimizer) -> int:
     """Claim the run's folder.  Returns the iteration to begin at, with head and optimizer as they were."""
     path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if path.exists() else None
+    last = checkpoint.load(path) if os.path.exists(path) else None
     parser = run.Parser()
     add_options(parser)
     run.claim_folder(args, parser, MAY_CHANGE, last)
@@ -369,8 +370,7 @@ def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> N
     if not distributed.is_main():
         return
     metrics = report(counts, val.classes) | unreadable.for_json()
-    bad = Path(args.output_dir) / "bad_images.txt"                     # of the training
-    metrics["n_unreadable_train"] = len(bad.read_text().splitlines()) if bad.exists() else 0
+    metrics["n_unreadable_train"] = len(run.bad_names(args.output_dir))
     run.record(
         args.json, eval="linseg", ckpt=args.ckpt, weights=args.weights,
         data=args.data, data_digest=f"{data.digest(train)}-{data.digest(val)}",

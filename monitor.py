@@ -19,7 +19,7 @@ import clicks
 import figure
 import prompts
 import run
-from data import Subset, ToyImages, evenly, labelled, with_classes_of
+from data import Subset, ToyImages, evenly, labelled, open_val, with_classes_of
 from distributed import is_main, say, unwrap
 from images import BadImage, centre_crop, denormalize, normalize
 from knn import knn_of
@@ -51,6 +51,18 @@ def similarities(out: dict[str, Tensor], target: dict[str, Tensor], inputs) -> d
         spread = F.normalize(keys.float(), dim=-1).std(0).mean()
         found[f"{name}_std"] = spread * keys.shape[-1] ** 0.5
     return found
+
+
+def test_images(args):
+    """Images for the k-NN of the monitor, or None: training does not need them.  Raises Mistake only for
+    --val_data."""
+    try:
+        return open_val(args, toy_seed=args.seed)
+    except Mistake as why:
+        if args.val_data:
+            raise
+        say(f"no test images: {why}")
+        return None
 
 
 class Monitor(Guard):
@@ -134,9 +146,7 @@ class Monitor(Guard):
         if is_main():
             backbone = self.teacher.backbone.eval()
             if self.knn_pair:
-                knn = knn_of(backbone, *self.knn_pair, self.size, self.device, [10],
-                                    workers=self.args.num_workers)
-                result = {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
+                result = self.knn(backbone)
             if self.scenes:
                 table = self.prompt_iou(prompts.network_features(backbone, self.device))
                 result["prompt_iou"], self.threshold = table["best"], table["best_threshold"]
@@ -149,6 +159,17 @@ class Monitor(Guard):
             backbone.train()
         self.evaluating += time.time() - began
         return result
+
+    def knn(self, backbone: ViT) -> dict[str, float]:
+        """Nothing, from now on, where no image can be read: training goes on."""
+        try:
+            knn = knn_of(backbone, *self.knn_pair, self.size, self.device, [10],
+                         workers=self.args.num_workers)
+        except BadImage as why:
+            say(f"no k-NN while training: {why}")
+            self.knn_pair = None
+            return {}
+        return {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
 
     def prompt_iou(self, features) -> dict:
         """The summary of the default protocol; "best" is the mIoU in percent at the best threshold."""
@@ -169,9 +190,12 @@ class Monitor(Guard):
             before = f"{untrained[name]:.1f} -> " if name in untrained else ""
             said.append(f"{NAMES[name]} {before}{results[name]:.1f} %")
         if self.scenes:
-            results["prompt_iou_colours"] = self.prompt_iou(self.patch_colours)["best"]
-            said[-1] += f" (raw colours {results['prompt_iou_colours']:.1f} %)"
+            colours = self.prompt_iou(self.patch_colours)
+            results["prompt_iou_colours"] = colours["best"]
+            results["prompt_iou_everything"] = colours["everything"]
+            said[-1] += f" (raw colours {colours['best']:.1f} %, everything {colours['everything']:.1f} %)"
 
+        results["n_unreadable_train"] = len(run.bad_names(self.folder))
         results["seconds"] = seconds
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")

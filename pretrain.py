@@ -13,6 +13,7 @@ Shapes: B images per rank, V = 2 global views, L local crops, N patches, P patch
 C width of the contrastive space, M patches with corrupted pixels, A anchors."""
 import argparse
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import run
-from data import Batches, Views, open_images, open_val, seed_of
+from data import Batches, Views, open_images, seed_of
 from distributed import is_main, rank, say, unwrap, world_size
 from images import to_device
 from losses import global_contrast, patch_contrast, reconstruction
 from masking import GMML, Augmentation, Colours, MultiCrop, colour, gmml
 from model import ALIASES, ARCHS, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
-from monitor import Monitor, similarities
+from monitor import Monitor, similarities, test_images
 from run import Mistake, above, at_least, between
 
 PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
@@ -39,6 +40,8 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
            head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
            momentum_teacher=0.8, w_cls=0.3, num_workers=0, knn_every=2)
+IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
+        "local_crops_number": ("local_crops_size", "local_crops_scale")}
 MAY_CHANGE = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep",
 "max_bad", "device", "data", "data_root", "download", "val_data", "compile", "checkpointing", "force",
               "stop_at"}
@@ -341,6 +344,10 @@ def get_args(argv=None) -> argparse.Namespace:
         say(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs: a tenth "
             "of it is warm-up")
         args.warmup_epochs = args.epochs / 10
+    for name, idle in IDLE.items():
+        for other in idle if getattr(args, name) == 0 else ():
+            if getattr(args, other) != p.get_default(other):
+                raise Mistake(f"--{other} has no effect with --{name} 0")
     return args
 
 
@@ -392,9 +399,11 @@ def main(args: argparse.Namespace) -> None:
     device = run.begin(args, width=ARCHS[args.arch][0])
     began = time.time()
     images = open_images(args, "train", toy_seed=args.seed)
-    val = open_val(args, toy_seed=args.seed)
+    val = test_images(args)
     seconds = time.time() - began
     say(f"{args.data}: {images.about}" + (f"; listed in {seconds:.0f} s" if seconds > 1 else ""))
+    if val is not None:
+        say(f"val: {val.about}")
     args.images = f"{len(images)} ({data.digest(images)})"             # stored: a resume compares them
     transform = crops(args)
     batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
@@ -406,7 +415,7 @@ def main(args: argparse.Namespace) -> None:
                                   fused=device.type != "mps")
 
     path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if path.exists() else None
+    last = checkpoint.load(path) if os.path.exists(path) else None
     run.claim_folder(args, args.parser, MAY_CHANGE, last)
     monitor = Monitor(args, images, val, device, batches.per_epoch, untrained=teacher.backbone)
     first = 0

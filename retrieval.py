@@ -15,6 +15,7 @@ trapezoids.  Queries without a positive are left out of the mean.  Paper: see it
 
 Shapes: Q queries, n images of the database, D width."""
 import argparse
+import os
 import pickle
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ import checkpoint
 import figure
 import run
 from data import digest, walk
+from distributed import say
 from images import BadImage, Unreadable, normalize, read_image, resize
 from model import ViT
 from run import Mistake, at_least
@@ -94,9 +96,9 @@ class Revisited:
     def __init__(self, root: str):
         folder = Path(root) / "jpg"
         found = sorted(Path(root).glob("gnd_*.pkl"))
-        if len(found) != 1 or not folder.is_dir():
+        if len(found) != 1 or not os.path.isdir(folder):
             raise Mistake(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found {len(found)} "
-                          f"gnd_*.pkl and {'a' if folder.is_dir() else 'no'} jpg/")
+                          f"gnd_*.pkl and {'a' if os.path.isdir(folder) else 'no'} jpg/")
         truth = read_truth(found[0])
         self.root = root
         self.title = found[0].stem.removeprefix("gnd_")
@@ -228,7 +230,7 @@ def report(images: Revisited, order: np.ndarray, queries: list[int]) -> dict:
         shown = "  ".join(f"mP@{kappa} {result[f'mp@{kappa}']:.2f}" for kappa in KAPPAS)
         without = len(queries) - result["queries"]
         left = f"; {without} without a positive are left out" if without else ""
-        print(f"{setup:>7}  mAP {result['map']:.2f}  {shown}   ({result['queries']} of {len(images.gnd)} "
+        say(f"{setup:>7}  mAP {result['map']:.2f}  {shown}   ({result['queries']} of {len(images.gnd)} "
               f"queries{left})")
         metrics[setup] = result
     return metrics
@@ -255,17 +257,17 @@ def main(args: argparse.Namespace) -> None:
     device = run.begin(args, one_process=True)
     run.check_outputs(args, "json", "picture")
     images = Revisited(args.data)
-    print(f"retrieval, {images.title}: {images.about}")
+    say(f"retrieval, {images.title}: {images.about}")
     args.scales = [1, 2 ** -0.5, 0.5] if args.multi_scale else [1]
     protocol = {name: getattr(args, name) for name in PROTOCOL}
-    print(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    say(", ".join(f"{name} {value}" for name, value in protocol.items()))
     vits = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
     rows = []
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
         started = time.time()
         order, queries, unreadable = rank(vit, images, args, device)
         unreadable.say()
-        print(checkpoint.short_name(ckpt))
+        say(checkpoint.short_name(ckpt))
         metrics = report(images, order, queries) | unreadable.for_json()
         run.record(
             args.json, eval="retrieval", ckpt=ckpt, weights=checkpoint.digest(vit),
@@ -277,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
     if args.picture:
         with run.writing(args.picture):
             figure.sheet(rows).save(args.picture)
-        print(f"look at {args.picture}")
+        say(f"look at {args.picture}")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:

@@ -64,7 +64,7 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
 
 
 def above(low: int | float) -> Callable[[str], int | float]:
-    return ranged(type(low), lambda v: v > low, f"more than {low}")
+    return ranged(type(low), lambda v: torch.tensor(v).float() > low, f"more than {low} (in float32)")
 
 
 def between(low: int | float, high: int | float) -> Callable[[str], int | float]:
@@ -79,8 +79,7 @@ def interval(text: str) -> str:
 
 
 SHARED = {  # options that several scripts have
-    "ckpt": dict(nargs="+", required=True, help="checkpoints of any method, one after another; "
-                 "random:ARCH/PATCH is untrained"),
+    "ckpt": dict(nargs="+", required=True, help="checkpoints of any method, or random:ARCH/PATCH, untrained"),
     "checkpoint_key": dict(help="take the weights of this name in the file, and not the teacher's"),
     "num_heads": dict(type=at_least(1), help="attention heads, where the file does not tell"),
     "data": dict(required=True, help="folder with train/ and val/ of class folders, 'toy', or cifar10, "
@@ -91,19 +90,16 @@ SHARED = {  # options that several scripts have
     "download": dict(action="store_true", help="let torchvision download the set"),
     "num_workers": dict(type=at_least(0), default=2, help="loader processes; results do not change"),
     "batch_size": dict(type=at_least(1), default=128, help="images per forward"),
-    "max_bad": dict(type=between(0.0, 1.0), default=0.01, help="share of unreadable images above which the "
-                    "script fails; below, they are counted and named"),
+    "max_bad": dict(type=between(0.0, 1.0), default=0.01, help="largest share of unreadable images"),
     "size": dict(type=at_least(1), help="pixels of a side"),
     "limit": dict(type=at_least(1), help="only the first images"),
     "seed": dict(type=int, default=0, help="of everything random"),
     "device": dict(default="auto", help="auto (cuda, then mps, then cpu) or a name that torch knows"),
-    "precision": dict(default="fp32", choices=["auto", "fp32", "bf16"], help="number format in the networks; "
-                      "auto: bf16 where this machine is faster with it"),
+    "precision": dict(default="fp32", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is faster"),
     "json": dict(metavar="FILE", help="append the result to this file, one JSON line per checkpoint"),
     "output_dir": dict(default="out", help="folder of this run; an interrupted run in it goes on"),
     "force": dict(action="store_true", help="go on although options differ from the stored run's"),
-    "save_every": dict(type=interval, default="15m", help="besides each epoch: steps (500) or minutes (15m) "
-                       "between saves"),
+    "save_every": dict(type=interval, default="15m", help="steps (500) or minutes (15m) between saves"),
     "stop_at": dict(type=at_least(1), metavar="STEP", help="save and stop after this step, with code 75"),
     "log_every": dict(type=at_least(1), default=10, help="steps between lines of log.jsonl"),
 }
@@ -174,11 +170,9 @@ def writing(path: str | os.PathLike, option: str = ""):
 
 def check_outputs(args, *names: str) -> None:
     """Try the files that the options ask to write, now and not after hours of work.  Raises Mistake."""
-    for name in names:
-        given = getattr(args, name, None)
-        path = Path(given or "")
-        if not given:
-            continue
+    for name in [name for name in names if getattr(args, name, None)]:
+        given = getattr(args, name)
+        path = Path(given)
         if name in ("picture", "similarity", "out") and path.suffix.lower() not in (".png", ".jpg", ".webp"):
             raise Mistake(f"--{name} {given}: expected a name that ends in .png, .jpg or .webp")
         existed = path.exists()
@@ -264,6 +258,8 @@ def claim_folder(args, parser: argparse.ArgumentParser, may_change: set[str], la
     if changed and not args.force:
         raise Mistake(f"{folder} holds a run with other options: {', '.join(changed)}; give another "
                       "--output_dir, or --force to go on with the new ones")
+    if changed:
+        say(f"--force: going on with other options: {', '.join(changed)}")
 
 
 def lock(folder: Path) -> None:
@@ -280,6 +276,8 @@ def lock(folder: Path) -> None:
         fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise Mistake(f"{folder}: another run writes there; wait for it, or give another --output_dir") from e
+    except OSError as e:                       # some network file systems have no locks
+        say(f"{folder}: cannot be locked ({e.strerror}): let no second run write there")
 
 
 def options_of(args) -> dict:
@@ -302,6 +300,12 @@ def begin_log(args, new: bool) -> None:
         for name in ("log.jsonl", "bad_images.txt", "results.json") if new else ():
             (folder / name).unlink(missing_ok=True)
         (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def bad_names(folder: str | os.PathLike) -> set[str]:
+    """The training images that a run could not read."""
+    path = Path(folder) / "bad_images.txt"
+    return set(path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else ())
 
 
 class Guard:
@@ -386,12 +390,10 @@ class Guard:
         """Name unreadable images in bad_images.txt, each once."""
         new = {self.images.name(i) for i in indices if i not in self.bad}
         self.bad.update(indices)
-        path = self.folder / "bad_images.txt"
-        if new:
-            with writing(path), open(path, "a+", errors="surrogateescape") as f:
-                f.seek(0)
-                known = set(f.read().splitlines())
-                f.writelines(name + "\n" for name in sorted(new - known))
+        if new := new - bad_names(self.folder):
+            path = self.folder / "bad_images.txt"
+            with writing(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as f:
+                f.writelines(name + "\n" for name in sorted(new))
 
     def after_step(self, step: int, values: dict[str, Tensor], rates: dict[str, float], images: int,
                    save: Callable[[int], None]) -> None:
@@ -437,8 +439,7 @@ class Guard:
     def end_epoch(self, epoch: int) -> None:
         """Report this epoch's unreadable images, then count anew.  A subclass evaluates here."""
         if self.bad:
-            say(f"epoch {epoch}: {len(self.bad)} unreadable images replaced, see "
-                f"{self.folder / 'bad_images.txt'}")
+            say(f"epoch {epoch}: {len(self.bad)} unreadable images replaced: {self.folder}/bad_images.txt")
         self.bad = set()
 
     def finish(self) -> None:
@@ -446,5 +447,4 @@ class Guard:
         self.bar.close()
         self.stop.release()
         if self.stop.asked:
-            end("stopped by a signal after the last step, which is saved; start the same command again",
-                STOPPED)
+            end("stopped by a signal after the last step, saved; start the same command again", STOPPED)

@@ -14,8 +14,10 @@ Masks equal the official ones to the pixel; the tests hold them against pycocoto
 
 Shapes: H x W pixels of the annotation, n corners of a polygon."""
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from toy import CLASSES
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
              "person pottedplant sheep sofa train tvmonitor").split()
 VOC_VOID = 255
+COCO_FIELDS = {"images": {"id", "file_name"}, "annotations": {"image_id"}, "categories": {"id", "name"}}
 FINE = 5                                       # COCO's polygons are drawn in fifths of a pixel
 FARTHEST = 1e12                                # a corner beyond it is no coordinate
 
@@ -73,7 +76,10 @@ def rle_mask(rle: dict) -> np.ndarray:
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = decode_counts(counts)
-    counts = np.array(counts, dtype=np.int64)
+    try:
+        counts = np.array(counts, dtype=np.int64)
+    except (TypeError, OverflowError) as e:
+        raise ValueError(f"run lengths are no whole numbers ({e})") from e
     if (counts < 0).any() or counts.sum() != h * w:
         raise ValueError(f"run lengths cover {counts.sum()} pixels of {h}x{w}")
     is_object = np.arange(len(counts)) % 2 == 1
@@ -155,15 +161,16 @@ def polygon_mask(rings: list[list[float]], h: int, w: int) -> np.ndarray:
 def segmentation_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
     """COCO's "segmentation" of either kind -> (H, W) bool.  One polygon may stand without the list around it.
     Raises ValueError for what is no segmentation, or is broken."""
-    try:
-        if isinstance(segmentation, dict):
-            if list(segmentation["size"]) != [h, w]:
-                raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[h, w]}")
-            return rle_mask(segmentation)
-        flat = len(segmentation) > 4 and not isinstance(segmentation[0], list)     # four numbers are a box
-        return polygon_mask([segmentation] if flat else segmentation, h, w)
-    except (KeyError, TypeError, OverflowError) as e:
-        raise ValueError(f"neither polygons nor run lengths ({type(e).__name__}: {e})") from e
+    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
+        if segmentation["size"] != [h, w]:
+            raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[h, w]}")
+        return rle_mask(segmentation)
+    rings = segmentation if isinstance(segmentation, list) else [None]
+    if len(rings) > 4 and not any(isinstance(ring, list) for ring in rings):           # four are a box
+        rings = [rings]
+    if not all(isinstance(ring, list) for ring in rings):
+        raise ValueError("neither polygons nor run lengths (size and counts)")
+    return polygon_mask(rings, h, w)
 
 
 # ------------------------------------------------- sources
@@ -206,7 +213,7 @@ class Scenes:
     def set_files(self, files: list[Path]) -> None:
         """Raises Mistake where there are none, or some are not on this disk."""
         self.files = files
-        absent = [f for f in files if not f.is_file()]
+        absent = [f for f in files if not os.path.isfile(f)]
         if not files:
             raise Mistake(f"{self.title}: no image is listed")
         if absent:
@@ -255,16 +262,13 @@ class Coco(Scenes):
                  limit: int | None = None):
         self.path = Path(root) / "annotations" / f"instances_{split}.json"
         content = read_coco(self.path)
-        try:
-            categories = by_id(self.path, content["categories"], "name")
-            images = by_id(self.path, content["images"], "file_name")
-            super().__init__(f"COCO {split}", [categories[k]["name"] for k in sorted(categories)])
-            self.images = list(images.values())[:limit]
-            self.set_files([Path(root) / split / image["file_name"] for image in self.images])
-            self.annotations = {same_id(image["id"]): [] for image in self.images}
-            self.sort_annotations(content["annotations"], images, categories, crowd)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise Mistake(f"{self.path}: not COCO's layout ({type(e).__name__}: {e})") from e
+        categories = by_id(self.path, content["categories"], "name")
+        images = by_id(self.path, content["images"], "file_name")
+        super().__init__(f"COCO {split}", [categories[k]["name"] for k in sorted(categories)])
+        self.images = list(images.values())[:limit]
+        self.set_files([Path(root) / split / image["file_name"] for image in self.images])
+        self.annotations = {same_id(image["id"]): [] for image in self.images}
+        self.sort_annotations(content["annotations"], images, categories, crowd)
 
     def sort_annotations(self, annotations: list, images: dict, categories: dict, crowd: bool) -> None:
         """Keep those that are objects of our images, each with its category's name."""
@@ -314,8 +318,9 @@ class Coco(Scenes):
 
 def read_coco(path: Path) -> dict:
     """The content of an annotation file.  Raises Mistake."""
-    if not path.is_file():
-        there = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
+    if not os.path.exists(path):
+        found = glob("instances_*.json", root_dir=path.parent)
+        there = sorted(name[len("instances_"):-len(".json")] for name in found)
         hint = (f"--split can be {', '.join(there)}" if there
                 else "expected DIR/annotations/instances_SPLIT.json and DIR/SPLIT/")
         raise Mistake(f"{path}: no such file; {hint}")
@@ -325,10 +330,14 @@ def read_coco(path: Path) -> dict:
         raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise Mistake(f"{path}: not JSON ({e})") from e
-    found = set(content) if isinstance(content, dict) else set()
-    lacks = {"images", "annotations", "categories"} - found
+    lacks = COCO_FIELDS.keys() - (content if isinstance(content, dict) else {})
     if lacks:
         raise Mistake(f"{path}: not COCO's instances_*.json: lacks {', '.join(sorted(lacks))}")
+    for part, needed in COCO_FIELDS.items():
+        for entry in content[part]:
+            if not isinstance(entry, dict) or not needed <= entry.keys():
+                raise Mistake(f"{path}: not COCO's layout: {part} need {', '.join(sorted(needed))}, found "
+                              f"{str(entry)[:80]}")
     return content
 
 
@@ -383,7 +392,7 @@ class Voc(Scenes):
 def find_voc(root: str | Path) -> Path:
     """The folder that holds ImageSets/Segmentation: `root`, or below it.  Raises Mistake."""
     for below in (".", "VOC2012", "VOCdevkit/VOC2012"):
-        if (Path(root) / below / "ImageSets/Segmentation").is_dir():
+        if os.path.isdir(Path(root) / below / "ImageSets/Segmentation"):
             return Path(root) / below
     raise Mistake(f"{root}: no PASCAL VOC: expected ImageSets/Segmentation, JPEGImages, SegmentationClass")
 
@@ -392,11 +401,15 @@ def read_voc_list(root: Path, split: str) -> list[tuple[Path, Path]]:
     """The (image, class mask) files of ImageSets/Segmentation/SPLIT.txt.  A line is a name, or two paths
     below the root, as DeepLab's lists have them.  Raises Mistake."""
     path = root / "ImageSets/Segmentation" / f"{split}.txt"
-    if not path.is_file():
+    if not os.path.exists(path):
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise Mistake(f"{path}: no such file; --split can be {', '.join(there)}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as e:
+        raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
     pairs = []
-    for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
+    for line in lines:
         words = line.split()
         if len(words) == 2:
             image, mask = (root / word.lstrip("/") for word in words)

@@ -8,6 +8,7 @@ Shapes: H x W pixels, T scored frames."""
 import argparse
 import csv
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -78,10 +79,15 @@ def find_clips(args: argparse.Namespace, left_out: Counter) -> list[Clip]:
     if args.video:
         folder = Path(args.video).resolve()
         mask = Path(args.first_mask).resolve()
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise Mistake(f"{folder} is a file; make a folder: ffmpeg -i {folder.name} frames/%05d.jpg")
         frames = [path for path in images_in(folder, left_out) if path.resolve() != mask]
-        return [open_clip(folder, frames, [mask])]
+        clip = open_clip(folder, frames, [mask])
+        numbers = set(np.unique(read_numbers(mask))) - {0}
+        if 255 in numbers and len(numbers) > 1:
+            raise Mistake(f"{mask}: has 255 beside {few(sorted(numbers - {255}))}: expected 1, 2, ... for "
+                          "objects, or 255 for one; were they made by a JPEG?")
+        return [clip]
 
     root = Path(args.davis)
     clips = []

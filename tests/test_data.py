@@ -135,7 +135,7 @@ def test_folders_flat_nested_labelled(tmp_path):
     flat, nested, classes = (ImageFolder(tmp_path / n) for n in ("flat", "nested", "classes"))
     assert (len(flat), flat.labels) == (2, None) and (len(nested), nested.labels) == (3, None)
     assert classes.classes == ["cat", "dog"] and classes.labels == [0, 0, 1]
-    assert flat.about == "2 images, no labels (no class folders)"
+    assert flat.about == "2 images, no labels (no class folders); left out: 1 hidden"
     assert "1 images lie beside the 2 folders" in nested.about
     assert classes.about == "3 images, 2 classes"
 
@@ -150,8 +150,8 @@ def test_what_is_no_data_is_left_out_and_counted(tmp_path):
     (tmp_path / "bee" / "up").symlink_to(tmp_path)
     source = ImageFolder(tmp_path)
     assert source.classes == ["ant", "bee"] and len(source) == 21
-    assert source.about == ("21 images, 2 classes; left out: 1 .mp4, 1 .txt, 1 images beside the class "
-                            "folders, 2 links to folders that are there already")
+    assert source.about == ("21 images, 2 classes; left out: 1 .mp4, 1 .txt, 3 hidden, 1 images beside the "
+                            "class folders, 2 links to folders that are there already")
 
 
 def test_all_suffixes_of_images_are_read(tmp_path):

@@ -340,7 +340,8 @@ def test_an_unreadable_training_image_counts_once_an_epoch(copy, tmp_path):
     args = get_args(options(copy, tmp_path / "out", "--max_bad", "0.05", "--epochs", "6"))
     view = finetune.views_of(data.ImageFolder(copy / "train"), args)[0, 7]
     assert view["read"] == 8 and view["bad"] == 7
-    train(copy, tmp_path / "out", "--max_bad", "0.05", "--epochs", "6")
+    train(copy, tmp_path / "out", "--max_bad", "0.05", "--epochs", "6", "--json", str(tmp_path / "r.jsonl"))
+    assert read_json(tmp_path / "r.jsonl")[0]["metrics"]["n_unreadable_train"] == 1
     assert (tmp_path / "out/bad_images.txt").read_text().splitlines() == [str(copy / "train/blue/7.png")]
     with pytest.raises(SystemExit) as e:
         train(copy, tmp_path / "strict", "--max_bad", "0.04")

@@ -326,7 +326,7 @@ def test_knn_says_what_it_evaluates(folder, tmp_path, capsys):
     run_probe(*options, "--ckpt", "random:vit_micro/8", "--json", tmp_path / "o.jsonl")
     line = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])["metrics"]
     assert line["cls"]["5"] == cls
-    assert "train: 20 images, 2 classes; left out: 1 images beside" in capsys.readouterr().out
+    assert "train: 20 images, 2 classes; left out: 1 hidden, 1 images beside" in capsys.readouterr().out
 
 
 def test_a_val_split_may_lack_classes_and_says_why_it_has_none(folder, tmp_path, capsys):
