@@ -321,7 +321,8 @@ def test_wrong_words(look, tmp_path):
                              (tmp_path, ("--as", "davis"), "no such list"),
                              (tmp_path, ("--as", "ade20k"), "expected images/{training,validation}"),
                              (tmp_path, ("--as", "coco", "--classes", "in100"), "seen as coco"),
-                             ("pets", ("--data_root", tmp_path), "add --download")):
+                             ("pets", ("--data_root", tmp_path), "add --download"),
+                             ("cars", ("--data_root", tmp_path, "--download"), "original URL is broken")):
         text, can = look(path, *more)
         assert " 2: " in text and said in text and not can
 

@@ -44,6 +44,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
+STARTED = {"data": "inspect_data"}             # where the options of a script are, if not in itself
 COMMANDS = [(page, *command) for page, text in TEXTS.items() for command in commands(text)]
 
 
@@ -63,7 +64,7 @@ def test_a_command_is_accepted(page, module, argv, tmp_path, monkeypatch):
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
         return
     monkeypatch.chdir(tmp_path)
-    importlib.import_module(module).get_args(argv)
+    importlib.import_module(STARTED.get(module, module)).get_args(argv)
 
 
 def test_enough_commands_were_found():
@@ -76,8 +77,8 @@ def test_enough_commands_were_found():
 
 def test_options_named_alone_exist():
     known = set(ELSEWHERE)
-    for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "checkpoint",
-                   "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts"):
+    for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "inspect_data",
+                   "checkpoint", "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts"):
         known |= options(module)
     for probe in ("knn", "fewshot", "variance", "layers", "linseg", "retrieval"):
         known |= options("probes", probe)
