@@ -14,12 +14,14 @@ categories, then over images, with three other means below it.
 Paper, ViT-B on IN1K: MMC 38.4, iBOT 36.2, DINO 35.1, MAE 30.1; random weights 16.8 16.6 16.2 15.5 at t = .1
 .2 .3 .4.  Overlap in Table 5: MMC .55, iBOT .56, DINO .66, MAE .76.
 
-Beyond the paper: --stride and --upsample (finer masks), --points and --background_points (several clicks).
-Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 0.5.
+Beyond the paper, by clicks.py: --contiguous keeps the part of a mask that was clicked, --centre takes the
+image's mean token away first; --stride and --upsample make finer masks; --points and --background_points are
+several clicks.  Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 0.5.
 
 Shapes: N = h*w tokens, D width, H x W pixels, P patch size, S stride."""
 import argparse
 import csv
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -60,28 +62,28 @@ def table_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) 
     scenes = open_scenes(args)
     say(scenes.about)
     if args.csv:
-        with open_csv(args.csv, "w") as f:
-            names = [f"t{t:.1f}" for t in THRESHOLDS]
-            csv.writer(f).writerow(["ckpt", "category", "prompts", *names, "auto", "everything"])
+        begin_csv(args.csv)
     curves = []
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
         protocol = protocol_of(args, vit)
-        say(f"{short_name(ckpt)}: {len(scenes)} images, "
-            + ", ".join(f"{name} {value}" for name, value in asdict(protocol).items()))
+        choices = asdict(protocol) | {"precision": args.precision}
+        words = ", ".join(f"{name} {value}" for name, value in choices.items())
+        say(f"{short_name(ckpt)}: {len(scenes)} images, {words}")
         vit.patch_embed.stride = protocol.stride
         result = prompt_table(network_features(vit, device), scenes, protocol, vit.patch_size,
                               batch_size=args.batch_size, num_workers=args.num_workers, max_bad=args.max_bad)
         summary = result.summary()
         run.record(args.json, eval="zeroshot", ckpt=ckpt, weights=digest(vit), data=scenes.title,
-                   data_digest=data.digest(scenes), protocol=asdict(protocol), metrics=summary,
+                   data_digest=data.digest(scenes), protocol=choices, metrics=summary,
                    seconds=result.seconds, device=device)
         if args.csv:
-            write_csv(args.csv, ckpt, result, scenes.categories)
+            append_csv(args.csv, ckpt, result, scenes.categories)
         say(table_of(summary, protocol))
         result.unreadable.say()
         curves.append(density_curves(result, ckpt))
     if args.similarity:
-        figure.beside(curves).save(args.similarity)
+        with run.writing(args.similarity, "--similarity "):
+            figure.beside(curves).save(args.similarity)
         say(f"densities drawn in {args.similarity}")
 
 
@@ -105,44 +107,55 @@ def open_scenes(args: argparse.Namespace) -> Scenes:
 
 def table_of(summary: dict, protocol: Protocol) -> str:
     """What is printed for one checkpoint."""
-    head = "".join(f"{t:6.1f}" for t in THRESHOLDS) + "     best (t)    auto     all"
-    lines = [f"{'mIoU at t =':>14}{head}"]
+    head = "".join(f"{t:6.1f}" for t in THRESHOLDS)
+    lines = [f"{'mIoU at t =':>14}{head}     best (t)    auto     all"]
     for name, title in MEANS.items():
         if name not in summary:
             lines.append(f"{title:>14}  no target of {protocol.min_patches} or more patches")
             continue
         mean = summary[name]
         best = max(mean, key=mean.get)
-        line = f"{title:>14}" + "".join(f"{value:6.1f}" for value in mean.values())
-        line += f"{mean[best]:7.1f} ({best})"
-        line += f"{summary['auto_others'][name]:8.1f}{summary['everything_others'][name]:8.1f}"
-        lines.append(line)
-    parts = []
+        values = "".join(f"{value:6.1f}" for value in mean.values())
+        auto = summary["auto_others"][name]
+        everything = summary["everything_others"][name]
+        lines.append(f"{title:>14}{values}{mean[best]:7.1f} ({best}){auto:8.1f}{everything:8.1f}")
+
+    cosines = []
     for name in ("intra", "inter", "overlap"):
         value = summary[name]
-        parts.append(f"{name} " + ("without pairs" if value is None else f"{value:.3f}"))
-    left_out = {f"targets below {protocol.min_patches} patches": summary["n_skipped"], **summary["left_out"]}
-    left_out = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    lines.append(f"similarity: {', '.join(parts)}; {summary['n_prompts']} prompts of "
-                 f"{summary['n_categories']} categories in {summary['n_images']} images; left out: "
-                 f"{left_out}; {summary['images_per_s']:.2f} images/s")
+        cosines.append(f"{name} without pairs" if value is None else f"{name} {value:.3f}")
+    lines.append(f"similarity: {', '.join(cosines)}")
+    left_out = [f"{summary['n_skipped']} targets below {protocol.min_patches} patches"]
+    left_out += [f"{count} {what}" for what, count in summary["left_out"].items()]
+    lines.append(f"{summary['n_prompts']} prompts of {summary['n_categories']} categories in "
+                 f"{summary['n_images']} images; left out: {', '.join(left_out)}; "
+                 f"{summary['images_per_s']:.2f} images/s")
     return "\n".join(lines)
 
 
-def open_csv(path: str, mode: str):
-    return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
+@contextmanager
+def csv_writer(path: str, mode: str):
+    with run.writing(path, "--csv "):
+        with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as f:
+            yield csv.writer(f)
 
 
-def write_csv(path: str, ckpt: str, result: Result, categories: list[str]) -> None:
-    """Append a line per category, empty where it had no prompt."""
-    with open_csv(path, "a") as f:
+def begin_csv(path: str) -> None:
+    thresholds = [f"t{t:.1f}" for t in THRESHOLDS]
+    with csv_writer(path, "w") as writer:
+        writer.writerow(["ckpt", "category", "prompts", *thresholds, "auto", "everything"])
+
+
+def append_csv(path: str, ckpt: str, result: Result, categories: list[str]) -> None:
+    """A line per category, empty where it had no prompt."""
+    asked = [row for row in result.rows if row.target == result.protocol.target]
+    with csv_writer(path, "a") as writer:
         for category in categories:
-            rows = [row for row in result.rows
-                    if row.target == result.protocol.target and row.category == category]
+            rows = [row for row in asked if row.category == category]
             values = [""] * (len(THRESHOLDS) + 2)
             if rows:
                 values = [f"{value:.2f}" for value in mean_iou(rows).values()]
-            csv.writer(f).writerow([ckpt, category, len(rows), *values])
+            writer.writerow([ckpt, category, len(rows), *values])
 
 
 def density_curves(result: Result, ckpt: str):
@@ -223,7 +236,8 @@ def picture_main(args: argparse.Namespace, vits: list[ViT], device: torch.device
     rows = []
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
         rows.append((short_name(ckpt), picture_row(vit, image, device, args)))
-    figure.sheet(rows).save(args.out)
+    with run.writing(args.out, "--out "):
+        figure.sheet(rows).save(args.out)
     say(f"drawn in {args.out}")
 
 

@@ -110,6 +110,8 @@ def test_run_lengths_equal_pycocotools():
         ({"size": [2, 2], "counts": "P"}, "end within"),
         ({"size": [2, 2], "counts": [5, -1]}, "cover"),
         ({"size": [2, 2]}, "counts"),
+        ({"size": [2, 2], "counts": [1, None]}, "no whole numbers"),
+        ({"size": [2, 2], "counts": [10**30]}, "no whole numbers"),
         (
             {"size": [2000000, 2000000], "counts": [4000000000000]},
             r"size \[2000000, 2000000\] in an image of",
@@ -229,7 +231,8 @@ def note(i, **changed):
             dict(annotations=[note(1, segmentation=[]), note(2, segmentation=[])]),
             "2 objects have a box and no mask",
         ),
-        (dict(images=[3]), "not COCO's layout"),
+        (dict(images=[3]), "not COCO's layout: images need file_name, id, found 3"),
+        (dict(categories=[{"id": 3}]), "not COCO's layout: categories need id, name"),
         (
             dict(images=[{"id": 1, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]),
             "id 1 belongs to 1.png and to 2.png",

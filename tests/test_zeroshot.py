@@ -15,6 +15,7 @@ from test_scenes import note, small_coco
 
 import toy
 import zeroshot
+from checkpoint import load_backbone, save
 from run import Mistake
 from zeroshot import kmeans
 
@@ -82,6 +83,7 @@ def test_files_of_a_table(tmp_path, capsys):
         in out
     )
     assert "left out: 1 targets below 3 patches" in out and "inter without pairs" in out
+    assert "contiguous False" in out and "best (t)    auto     all" in out
 
 
 def test_a_set_without_targets_is_named(tmp_path):
@@ -104,6 +106,50 @@ def test_a_kind_without_targets_has_a_line(capsys):
     assert "instances  no target of 3 or more patches" in table
 
 
+def test_unreadable_images_are_counted_and_named(tmp_path, capsys):
+    path = small_coco(tmp_path / "c")
+    (path / "val2017/2.png").write_bytes(b"no picture")
+    words = ["--ckpt", MICRO, "--coco", path, "--size", 48, "--json", tmp_path / "o.jsonl"]
+    with pytest.raises(
+        Mistake, match="1 of 2 images cannot be read, more than --max_bad 0.01, such as .*2.png"
+    ):
+        run(*words)
+    run(*words, "--max_bad", 0.5)
+    (got,) = lines(tmp_path / "o.jsonl")
+    assert got["metrics"]["n_unreadable"] == 1 and got["metrics"]["n_images"] == 1
+    assert "2.png" in got["metrics"]["unreadable"][0]
+    assert "left out: 1 unreadable images: " in capsys.readouterr().out
+
+
+def test_names_in_any_alphabet(tmp_path):
+    path = small_coco(tmp_path / "c", categories=[{"id": 3, "name": "苹果"}])
+    ckpt = tmp_path / "netz\udce9.pth"  # a byte that is no UTF-8
+    vit = load_backbone(MICRO)[0]
+    save(ckpt, {"arch": vit.config, "backbone": vit.state_dict()})
+    table, line = tmp_path / "o.csv", tmp_path / "o.jsonl"
+    run("--ckpt", ckpt, "--coco", path, "--size", 48, "--json", line, "--csv", table)
+    assert lines(line)[0]["ckpt"].endswith("netz\udce9.pth")
+    rows = list(csv.DictReader(open(table, encoding="utf-8", errors="surrogateescape")))
+    assert rows[0]["category"] == "苹果" and rows[0]["ckpt"] == str(ckpt)
+
+
+def test_options_beside_the_paper(tmp_path):
+    """--contiguous and --centre change the masks, and the JSON says so; the paper's row has none of them."""
+    words = ["--ckpt", MICRO, "--toy", "--limit", 8, "--size", 64, "--json", tmp_path / "o.jsonl"]
+    for more in (
+        [],
+        ["--contiguous"],
+        ["--centre"],
+        ["--centre", "--contiguous", "--truth", "pixel", "--upsample"],
+    ):
+        run(*words, *more)
+    rows = lines(tmp_path / "o.jsonl")
+    chosen = [(row["protocol"]["centre"], row["protocol"]["contiguous"]) for row in rows]
+    assert chosen == [(False, False), (False, True), (True, False), (True, True)]
+    assert len({row["metrics"]["best"] for row in rows}) == 4
+    assert rows[0]["metrics"]["everything"] == rows[2]["metrics"]["everything"]
+
+
 # ------------------------------------------------- pictures
 def test_kmeans_finds_what_is_apart():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 9)
@@ -121,6 +167,7 @@ def test_kmeans_finds_what_is_apart():
         (["--point", "20,30", "--point", "70,10", "--background_point", "1,1", "--threshold", "0.3"], 5),
         ([], 3),
         (["--heads", "--stride", "4", "--no-upsample", "--point", "99,49"], 8),
+        (["--centre", "--contiguous", "--point", "20,30", "--point", "70,10"], 5),
     ],
 )
 def test_pictures(tmp_path, words, cells, monkeypatch):
