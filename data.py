@@ -227,9 +227,8 @@ class Subset:
 
 # ------------------------------------------------- what --data names
 def open_images(args, split: str = "train", toy_seed: int = 0):
-    """The source that --data names.  split: 'train', or 'val', which is None where there is no such split.
-
-    args: data, data_root, download, classes.  Raises Mistake."""
+    """What --data names (args: data, data_root, download, classes).  split: 'train', or 'val', which is None
+    where there is no such split.  Raises Mistake."""
     root, only = Path(args.data), chosen_classes(getattr(args, "classes", None))
     if only and not os.path.isdir(root):
         raise Mistake(f"--classes chooses among class folders, and --data {args.data} is no folder")
