@@ -239,7 +239,7 @@ def open_images(args, split: str = "train", toy_seed: int = 0):
     if args.data in NAMED and not os.path.isdir(root):
         return Named(args.data, split, args.data_root, args.download)
     if not os.path.exists(root):
-        raise Mistake(f"--data {args.data}: no such folder, and not one of toy, {', '.join(NAMED)}")
+        raise Mistake(f"{args.data}: no such folder, and not one of toy, {', '.join(NAMED)}")
     if split == "train":
         return ImageFolder(root / "train" if has_splits(root) else root, only)
     val = root.parent / "val" if root.name == "train" else root / "val"

@@ -590,7 +590,7 @@ def test_files_of_a_folder(tmp_path):
     left_out = Counter()
     names = [path.name for path in videos.images_in(tmp_path, left_out)]
     assert names == ["a02.png", "a2.png", "a10.png", "b1.jpeg", "²3.png"]
-    assert left_out == {".txt": 1, "without suffix": 1}
+    assert left_out == {".txt": 1, "without suffix": 1, "hidden": 2}
 
 
 def test_frames_that_would_share_a_mask_or_are_the_mask(tmp_path, capsys):

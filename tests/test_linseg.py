@@ -203,7 +203,7 @@ def test_files_that_are_no_data_are_left_out_and_counted(tmp_path):
         (tmp_path / f"labels/{split}/._a.png").write_bytes(b"\0\5\26\7")
         (tmp_path / f"images/{split}/notes.txt").write_text("x")
     pairs = Pairs(tmp_path, num_classes=1)
-    assert len(pairs) == 1 and pairs.left_out == {".txt": 1}
+    assert len(pairs) == 1 and pairs.left_out == {".txt": 1, "hidden": 1}
 
 
 def test_labels_describe_stored_pixels(tmp_path):
