@@ -342,6 +342,8 @@ def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
     (tmp_path / "zoo" / "0.jpg").write_text("the first file of all is broken")
     train(tmp_path / "zoo", tmp_path / "out", "--max_bad", "0.2", "--epochs", "1", "--batch_size", "5")
     named = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["n_unreadable_train"] == len(named) > 0
     assert 1 <= len(named) <= 5 and all("_" not in Path(x).name for x in named)
     assert (tmp_path / "out" / "result.png").exists()
     p = launch(tmp_path / "zoo", tmp_path / "out2", "--epochs", "3", "--batch_size", "5")
