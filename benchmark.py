@@ -257,8 +257,7 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
 # ------------------------------------------------- doing it
 @torch.no_grad()
 def open_network(args, ckpt: str, name: str, device: torch.device) -> Network:
-    """Raises Mistake for a file that is not there; one that holds no network, or a broken one, has a
-    fault."""
+    """Raises Mistake for a file that is not there; one without a network, or a broken one, has a fault."""
     try:
         vit = checkpoint.open_backbone(args, ckpt, device)
     except Mistake as e:
@@ -403,10 +402,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--size", type=run.at_least(1), default=480, help="pixels of a side where patches are compared, to the "
       "nearest multiple of the patch (paper 480)")
     a("--grid", type=run.at_least(1), metavar="N", help="in its place N x N tokens for every network")
-    a("--crop_size", type=run.at_least(1), help="pixels of a side for k-NN, few-shot and variance (224, "
-      "floored to whole patches)")
-    a("--seeds", type=int, nargs="+", default=[0], help="of prompts, episodes, crops and heads; the report "
-      "has their mean and spread (default: 0)")
+    a("--crop_size", type=run.at_least(1), help="pixels for k-NN, few-shot, variance (224, to whole patches)")
+    a("--seeds", type=int, nargs="+", default=[0], help="the report has their mean and spread (default: 0)")
     a("--also", nargs=2, action="append", default=[], metavar=("EVAL", "OPTIONS"),
       help=f"more options for the script of EVAL: {', '.join(TABLES)}")
     a("--skip", nargs="+", default=[], choices=list(TABLES), help="leave these out")

@@ -355,10 +355,11 @@ where patches are compared, at 112 px elsewhere. *Paper*: ViT-B for COCO, ViT-S 
 ```sh
 python benchmark.py --ckpt mmc.pth random:vit_mini/8 random:vit_s/16 vits14_dinov2_saliency_fp16.pth \\
     --grid 30 --crop_size 112 --coco coco --voc VOCdevkit --davis DAVIS --imagenette imagenette imagewoof \\
-    --also variance "--limit 10" --also linseg "--crop 224 --iters 150 --batch_size 4 --lr 3e-3"
+    --also variance "--limit 10" --skip linseg
 ```
 
-Rows of mmc.pth at 480 px: the same with `--size 480`. Data: imagenette (10 ImageNet classes, 9,469 train and
+Not measured: what is empty, linear segmentation (`--also linseg "--crop 224 --iters 300 --lr 3e-3"` is a
+short form), and the sets that are not named here. Data: imagenette (10 ImageNet classes, 9,469 train and
 1,500 validation images of 112 px), imagewoof (1,000 and 500), 80 images of COCO val2017 and of VOC2012 val,
 three sequences of DAVIS-2017; `results/subsets.json` names the files. *DINOv2-S/14, saliency-tuned* was tuned
 by a third party and is not the published DINOv2. Lines: `results/benchmark.jsonl` ({devices}). The best of
