@@ -59,6 +59,7 @@ def lines_of(out):
     return run.read_lines(out / "results.jsonl")
 
 
+@pytest.mark.slow
 def test_everything_is_measured_once(unbroken):
     found = [line["eval"] for line in lines_of(unbroken)]
     assert {name: found.count(name) for name in EVALS} == {name: 2 * n for name, n in EVALS.items()}
@@ -105,6 +106,7 @@ def test_ranks_share_out_the_measurements(toy, unbroken, tmp_path, monkeypatch):
     assert (tmp_path / "report.md").read_text() == (unbroken / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_script(toy, unbroken, tmp_path):
     zeroshot.main(zeroshot.get_args([
         "--ckpt", *CKPTS, "--coco", f"{toy}/coco", "--limit", "20", "--size", "64", "--num_workers", "0",
@@ -119,6 +121,7 @@ def test_numbers_are_those_of_the_script(toy, unbroken, tmp_path):
         assert line == own
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_measured_costs_its_cells_only(toy, tmp_path):
     vit, _ = checkpoint.load_backbone(CKPTS[0])
     vit.blocks[0].norm1.weight.fill_(3e38)                     # finite; its features are not

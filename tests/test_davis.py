@@ -265,6 +265,7 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_one_command_propagates_scores_resumes_and_refuses(world, tmp_path, capsys, monkeypatch):
     out, line = tmp_path / "out", tmp_path / "r.jsonl"
     given = dict(TINY, davis=str(world), output_dir=str(out))
@@ -315,6 +316,7 @@ def test_one_command_propagates_scores_resumes_and_refuses(world, tmp_path, caps
     assert json.loads((out / "judo/options.json").read_text())["topk"] == 3
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_not_taken_for_a_finished_one(world, tmp_path, monkeypatch):
     given = dict(TINY, davis=str(world), output_dir=str(tmp_path), sequences=["judo"])
     run(**given)

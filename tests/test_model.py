@@ -119,7 +119,7 @@ def test_sizes_that_do_not_divide_are_refused():
 
 
 def test_names_and_widths():
-    assert set(ARCHS) == {"vit_micro", "vit_t", "vit_s", "vit_b"}
+    assert set(ARCHS) == {"vit_micro", "vit_mini", "vit_t", "vit_s", "vit_b"}
     for short, long, params in (
         ("vit_t", "vit_tiny", 5.5),
         ("vit_s", "vit_small", 21.7),

@@ -19,8 +19,8 @@ from ranks import free_port, run_ranks
 from test_data import write_broken, write_zoo
 
 import distributed
+import monitor
 import pretrain
-import probes
 import run
 from model import MMC, cosine_schedule, vit
 from pretrain import get_args, param_groups
@@ -138,6 +138,7 @@ def test_masked_anchors_same_position_and_no_norm(images, tmp_path):
     assert {"lr", "momentum", "grad_norm", "pat_std", "cls_std", "pat_pos", "pat_neg"} <= few.keys()
 
 
+@pytest.mark.slow
 def test_loss_falls_and_teacher_follows(images, tmp_path):
     last = train(images, tmp_path, "--epochs", "10", "--lr", "2e-2", "--momentum_teacher", "0.9")
     losses = [x["rec"] for x in steps(tmp_path).values()]
@@ -154,7 +155,7 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     def slow(*args, **kwargs):
         time.sleep(0.5)
         return {"cls": {10: 50.0}, "pat": {10: 50.0}}
-    monkeypatch.setattr(probes, "knn_of", slow)
+    monkeypatch.setattr(monitor, "knn_of", slow)
     for i in range(8):
         path = tmp_path / ("train", "val")[i % 2] / "ab"[i // 4] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +236,7 @@ def test_ranks_with_folders_of_their_own_are_refused(tmp_path):
     run_ranks(other_folders, 2, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_resume_equals_the_unbroken_run(images, tmp_path, ranks):
     extra = ["--num_workers", "2"] if ranks == 1 else []
@@ -287,6 +289,7 @@ pretrain.main(pretrain.get_args(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "late"), [(1, ""), (2, ""), (2, "1")])
 def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ranks, late):
     """late: the flags are read one step after, as on CUDA."""
@@ -305,6 +308,7 @@ def test_nan_stops_all_ranks_and_keeps_the_last_checkpoint(images, tmp_path, ran
     assert all(v.isfinite().all() for part in ("student", "teacher") for v in last[part].values())
 
 
+@pytest.mark.slow
 def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
     """Two batches of 4 in one step, or in two steps that move nothing; AdamW's first moment tells the
     gradients."""
@@ -327,6 +331,7 @@ def test_accum_takes_the_mean_gradient_of_its_batches(tmp_path, monkeypatch):
         torch.testing.assert_close(c / 0.1, (g1 + g2) / 2, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_other_options_are_refused(images, tmp_path, capsys):
     train(images, tmp_path, "--epochs", "1")
     with pytest.raises(Mistake, match="--lr 0.0005 -> 0.01"):
@@ -336,6 +341,7 @@ def test_other_options_are_refused(images, tmp_path, capsys):
     assert json.loads((tmp_path / "run.json").read_text())["options"]["lr"] == 0.01
 
 
+@pytest.mark.slow
 def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
     (tmp_path / "zoo").mkdir()
     n = write_zoo(tmp_path / "zoo", copies=3) + write_broken(tmp_path / "zoo") + 1
@@ -350,6 +356,7 @@ def test_odd_images_train_and_broken_ones_meet_the_ceiling(tmp_path):
     assert p.returncode == 2 and f"of {n} images are unreadable" in p.stderr and "Traceback" not in p.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path):
     """Files may not grow above 100 kB: the second epoch's save fails, in one line, and loses nothing."""
     train(images, tmp_path, "--epochs", "1")
@@ -364,6 +371,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path):
     assert (tmp_path / "last.pth").read_bytes() == before and not list(tmp_path.glob(".last*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
     """rec and cls of 2 x 4 images equal those of 1 x 8, step by step, where nothing else depends on the rank:
     noise only (an alien comes from the rank's own batch), heads without BatchNorm, no drop path, no pat."""
