@@ -348,8 +348,8 @@ seeds. Digits: rec, cls, pat, 1 = on.
 ## What the weights in the box do
 
 mmc.pth: 1.9 million parameters, 66 epochs on imagenette without labels. All networks at 30 x 30 tokens
-where patches are compared, at 112 px elsewhere. *Paper*, on whole sets: ViT-B for mIoU on COCO, ViT-S for k-NN
-and DAVIS; for O it names no architecture.
+where patches are compared, at 112 px elsewhere. *Paper*, on whole sets: ViT-B for mIoU on COCO, ViT-S for
+k-NN and DAVIS; for O it names no architecture.
 
 {headlines(lines)}""", f"""## Every table
 
