@@ -4,7 +4,8 @@
     python -m studies.front_picture --ckpt random:vit_mini/8 mmc.pth dino.pth --names untrained ours DINO
 
 The photographs are those in docs/, the clicks stand below.  All networks see 30 rows of patches, and all
-similarities have one scale, 0 to 1, so that rows can be compared.  A minute on one CPU core.
+similarities have one scale, 0 to 1, so that rows can be compared.  The mask is its part that holds the click.
+A minute on one CPU core.
 
 Shapes: N tokens of a grid, H x W pixels as the network sees them."""
 import torch
@@ -32,7 +33,7 @@ def panels_of(vit, path: str, point: tuple[int, int]) -> list[tuple]:
     on = [token_at(point, old, tuple(x.shape[1:]), P, P)]
     values, t = prompted(z, on, [])                                    # (N,)
     heat = figure.heat(to_pixels(values[None], grid, P, P, smooth=True)[0], 0, 1)
-    mask = picture_mask(values, t, on, grid, P, P)                     # (H, W)
+    mask = picture_mask(values, t, on, grid, P, P, contiguous=True)    # (H, W)
     photo = x.permute(1, 2, 0).numpy()
     panels = {
         "one click": figure.marked(image.permute(1, 2, 0).numpy(), old, [point], []),
