@@ -135,14 +135,14 @@ def read_image(path: str | os.PathLike, upright: bool = True) -> Tensor:
                 return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB,
                                                   apply_exif_orientation=upright)
         image.load()
-        return pil_to_tensor(image, upright)
+    return pil_to_tensor(image, upright, str(path))
 
 
-def pil_to_tensor(image: Image.Image, upright: bool = True) -> Tensor:
+def pil_to_tensor(image: Image.Image, upright: bool = True, name: str = "image") -> Tensor:
     """Pillow image of any mode -> (3, H, W) uint8 RGB.
 
     Programs do not agree on the range of more than 8 bits (0 to 1, 12 bits, 16 bits): such an image is
-    stretched from its least to its largest value.  NaN counts as the least.  Raises ValueError without any
+    stretched from its least to its largest value.  NaN counts as the least.  Raises BadImage without any
     number."""
     if upright:
         try:
@@ -153,7 +153,7 @@ def pil_to_tensor(image: Image.Image, upright: bool = True) -> Tensor:
         values = np.asarray(image).astype(np.float64)
         numbers = values[np.isfinite(values)]
         if not numbers.size:
-            raise ValueError("no pixel is a number")
+            raise BadImage(f"{name}: no pixel is a number")
         low = numbers.min()
         high = numbers.max()
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
