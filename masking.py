@@ -234,6 +234,17 @@ class MultiCrop:
         return torch.cat([start, start + size], dim=-1) * c.align
 
 
+def draw_corruption(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
+    """The corruption of one view from each generator: mask (R, S, S), alien (R,), noise_seed (R,)."""
+    crops = MultiCrop(Augmentation(size, local_number=0), settings)
+    drawn = [crops.draw_corruption(g) for g in generators]             # each of two views
+    return Corruption(
+        mask=torch.stack([c.mask[0] for c in drawn]),
+        alien=torch.stack([c.alien[0] for c in drawn]),
+        noise_seed=torch.stack([c.noise_seed[0] for c in drawn]),
+    )
+
+
 def add_blocks(mask: np.ndarray, blocks: Tensor, area: float) -> bool:
     """Corrupt one block after another, until a share `area` of the mask is corrupted.
 

@@ -24,7 +24,7 @@ from distributed import is_main, say, unwrap
 from images import BadImage, centre_crop, denormalize, normalize
 from knn import knn_of
 from losses import mean_cosines
-from masking import GMML, Augmentation, MultiCrop, gmml
+from masking import GMML, draw_corruption, gmml
 from model import MMC, ViT, patchify, unpatchify
 from run import Guard, Mistake
 from scenes import ToyScenes
@@ -261,11 +261,10 @@ class Monitor(Guard):
 
     def reconstructed(self, x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Corrupted images, their masks (n, S, S), and what the student paints, or None without h_rec."""
-        crops = MultiCrop(Augmentation(self.size, local_number=0), GMML(0.0, align=self.args.drop_align))
-        draws = [crops.draw_corruption(torch.Generator().manual_seed(i)) for i in numbers]
-        mask = torch.stack([d.mask[0] for d in draws]).to(self.device)
-        alien = torch.stack([d.alien[0] for d in draws])
-        corrupted = gmml(x, mask, alien, torch.stack([d.noise_seed[0] for d in draws]))
+        generators = [torch.Generator().manual_seed(i) for i in numbers]
+        draws = draw_corruption(GMML(0.0, align=self.args.drop_align), self.size, generators)
+        mask = draws.mask.to(self.device)
+        corrupted = gmml(x, mask, draws.alien, draws.noise_seed)
         student = unwrap(self.student)
         if student.h_rec is None:
             return corrupted, mask, None

@@ -48,7 +48,7 @@ from knn import (  # noqa: F401 - whoever imports probes finds k-NN here
     knn_of_blocks,
     knn_predict,
 )
-from masking import GMML, Augmentation, Corruption, MultiCrop, gmml, random_resized_crop
+from masking import GMML, draw_corruption, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
 from run import Mistake, at_least
 
@@ -134,17 +134,6 @@ def few_shot_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
 
 
 # ------------------------------------------------- variance
-def draw_corruption(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
-    """The corruption of one view from each generator: mask (R, S, S), alien (R,), noise_seed (R,)."""
-    crops = MultiCrop(Augmentation(size, local_number=0), settings)
-    drawn = [crops.draw_corruption(g) for g in generators]             # each of two views
-    return Corruption(
-        mask=torch.stack([c.mask[0] for c in drawn]),
-        alien=torch.stack([c.alien[0] for c in drawn]),
-        noise_seed=torch.stack([c.noise_seed[0] for c in drawn]),
-    )
-
-
 def variance_over_views(features: Tensor) -> tuple[Tensor, Tensor]:
     """(R, ..., D) features of R views -> their variance over the views, mean over all else, and D times that
     of the L2-normalised features."""

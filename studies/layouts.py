@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 import run
+from figure import voc_palette
 from toy import CLASSES, SPLITS, scene, video
 
 # Colours of 0 background and objects 1 to 4 on the sheet.
@@ -28,22 +29,6 @@ SHEET = np.array([
 ], np.uint8)
 
 
-def voc_palette():
-    """PASCAL VOC's colours of 256 numbers, flat: bit 3j + c of a number is bit 7 - j of channel c."""
-    palette = []
-    for number in range(256):
-        for c in range(3):
-            value = 0
-            for j in range(3):
-                bit = number >> (3 * j + c) & 1
-                value += bit << (7 - j)
-            palette.append(value)
-    return palette
-
-
-PALETTE = voc_palette()
-
-
 # ------------------------------------------------- single files
 def save_image(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +39,7 @@ def save_mask(path, numbers):
     """Numbers (H, W), 0 to 255, as a palette PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(numbers.astype(np.uint8))
-    image.putpalette(PALETTE)
+    image.putpalette(voc_palette())
     image.save(path)
 
 
