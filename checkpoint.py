@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +30,15 @@ EXPORTS = (".pth", ".safetensors", ".pt2", ".onnx")
 
 
 # ------------------------------------------------- files
-def save(path: str | os.PathLike, content: dict) -> None:
-    """torch.save that cannot leave half a file: written beside the target, flushed to disk, renamed over it.
-    Rank 0 writes, the others return.  Raises Mistake for a full disk or a folder without permission."""
-    if not is_main():
-        return
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike):
+    """Around what writes a file, so that there is never half of it: gives the name of a file beside it, which
+    is flushed to disk and then renamed over it.  Raises Mistake for a full disk or a lack of permission."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(content, f)
-            f.flush()
+        yield temporary
+        with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
@@ -53,19 +50,13 @@ def save(path: str | os.PathLike, content: dict) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a new name in a folder outlive a power cut, where the system can; Windows cannot."""
-    if sys.platform == "win32":
-        return
-    with contextlib.suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+def save(path: str | os.PathLike, content: dict) -> None:
+    """torch.save that cannot leave half a file.  Rank 0 writes, the others return."""
+    if is_main():
+        with whole_file(path) as temporary, open(temporary, "wb") as f:
+            torch.save(content, f)
 
 
 def load(path: str | os.PathLike) -> dict:
@@ -73,17 +64,18 @@ def load(path: str | os.PathLike) -> dict:
     and argparse.Namespace are allowed.  Raises Mistake for a file that is missing, damaged, or that wants to
     run anything else."""
     path = Path(path)
+    if not path.is_file():
+        folder = ", but a folder: give a file in it" if path.is_dir() else ""
+        raise Mistake(f"{path}: no such checkpoint file{folder}")
     try:
-        if not path.is_file():
-            raise Mistake(f"{path}: no such checkpoint file{folder_hint(path)}")
         file = open(path, "rb")
-        start = file.read(9)
-        file.seek(0)
     except OSError as e:
         raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
     with file, torch.serialization.safe_globals(allowed_globals()):
+        start = file.read(9)
         if start[8:] == b"{":                          # safetensors: its header, after 8 bytes of length
             return load_safetensors(path)
+        file.seek(0)
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as e:                         # a damaged file can raise almost any kind
@@ -91,19 +83,6 @@ def load(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise Mistake(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
-
-
-def folder_hint(path: Path) -> str:
-    if not path.is_dir():
-        return ""
-    names = sorted(p.name for p in path.iterdir())
-    if any(n.endswith(".distcp") for n in names):
-        return (", but a folder of shards: join them with "
-                f"'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} joined.pth'")
-    if any(re.search(r"-\d+-of-\d+|\.index\.json$", n) for n in names):
-        return ", but a folder of shards: load the model where it is from and save it in one file"
-    files = [n for n in names if n.endswith((".pth", ".pt", ".bin", ".safetensors"))]
-    return f", but a folder: give a file{f', such as {path / files[0]}' if files else ''}"
 
 
 def allowed_globals() -> list:
@@ -223,10 +202,12 @@ def digest(weights: nn.Module | dict[str, Tensor]) -> str:
 
 def short_name(path: str) -> str:
     """A title for a checkpoint: random:ARCH as it is; backbone, last and checkpoint with their folder."""
-    stem, folder = Path(path).stem, Path(path).absolute().parent.name
     if str(path).startswith("random:"):
         return str(path)
-    return f"{folder}/{stem}" if stem in ("backbone", "last", "checkpoint") else stem
+    stem = Path(path).stem
+    if stem in ("backbone", "last", "checkpoint"):
+        return f"{Path(path).absolute().parent.name}/{stem}"
+    return stem
 
 
 # ------------------------------------------------- export
@@ -275,12 +256,9 @@ def main(args) -> None:
     model, report = read_backbone(args.file, content, args.checkpoint_key, args.num_heads)
     say(report)
     if args.to:
-        step = content.get("step")
         if args.half:
             model.half()
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise Mistake(f"--half: {args.file} has weights beyond the range of float16")
-        export(model, args.to, step if type(step) is int else 0)
+        export(model, args.to, content.get("step", 0))
         say(f"{args.to}: written, {Path(args.to).stat().st_size / 1e6:.1f} MB")
 
 

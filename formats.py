@@ -17,8 +17,8 @@ from model import ViT
 from run import Mistake
 
 TEACHERS = ["teacher", "target", "momentum", "ema"]    # words in a name; the first ones are preferred
-WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-PATCH_EMBED = re.compile(r"(^|(?<=\.))patch_embed\.proj\.weight$")
+WRAPPERS = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+PATCH_EMBED = re.compile(r"(|.*\.)patch_embed\.proj\.weight")
 BACKBONE = re.compile(r"(blocks|patch_embed|norm)\.|(cls_token|pos_embed|reg_token)$")
 RENAMES = [
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),         # DINOv2 keeps its blocks in chunks
@@ -31,6 +31,7 @@ HEADS = {
     1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16,
 }
 TWELVE_HEADS = {192: "MAE-Lite", 384: "MoCo-v3"}       # who has 12 at a width where 3 or 6 are usual
+DEEPEST = 9                                            # dicts in dicts; one that holds itself must end
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Networks that this ViT is not, by a key of theirs.
 OTHER_NETWORKS = [
@@ -73,17 +74,18 @@ def build(content: dict, checkpoint_key: str | None, num_heads: int | None) -> t
     vit.load_state_dict(state, assign=True)
     vit.eval().requires_grad_(False)
 
-    others = [f"'{n}'" for n in found if n != name][:4]
-    dropped = [*dropped, *beside]
-    D, depth, P, S = (config[k] for k in ("embed_dim", "depth", "patch_size", "img_size"))
+    P = config["patch_size"]
+    S = config["img_size"]
+    H = config["num_heads"]
+    dropped += beside
+    others = [f"'{other}'" for other in found if other != name]
     report = f"{method(content)}, weights of '{name}'"
     if others:
         report += f" (not of {', '.join(others)})"
     report += f", {len(state)} keys matched, {len(dropped)} dropped"
     if dropped:
         report += f" ({', '.join(summary(dropped))})"
-    report += f"; ViT {D}-{depth}-{config['num_heads']}, {config['num_heads']} heads {reason}, patch {P}"
-    report += f", trained at {S} px"
+    report += f"; ViT {vit.embed_dim}-{vit.depth}-{H}, {H} heads {reason}, patch {P}, trained at {S} px"
     if not is_ours(content):
         report += f" (positions read as a square grid {S // P}x{S // P})"
     if "fc_norm.weight" in under:
@@ -111,17 +113,15 @@ def is_ours(content: dict) -> bool:
 
 # ------------------------------------------------- where the weights are
 def walk(content: dict) -> Iterator[tuple[str, dict]]:
-    """Every dict and Namespace in a file with its place, such as 'state/model/', outer before inner.  A dict
-    that holds itself is visited once."""
-    places = [("", content, [])]
-    for place, inner, above in places:                 # grows while it is walked
+    """Every dict and Namespace in a file with its place, such as 'state/model/', outer before inner."""
+    places = [("", content)]
+    for place, inner in places:                        # grows while it is walked
         yield place, inner
         for key, value in inner.items():
             if isinstance(value, argparse.Namespace):
                 value = vars(value)
-            around = [inner, *above]
-            if isinstance(value, dict) and not any(value is x for x in around):
-                places.append((f"{place}{key}/", value, around))
+            if isinstance(value, dict) and place.count("/") < DEEPEST:
+                places.append((f"{place}{key}/", value))
 
 
 def find_backbones(content: dict) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
@@ -131,14 +131,13 @@ def find_backbones(content: dict) -> dict[str, tuple[dict[str, Tensor], list[str
     for place, inner in walk(content):
         tensors = unwrapped(inner)
         for key in tensors:
-            match = PATCH_EMBED.search(key)
-            if not match:
-                continue
-            prefix = key[:match.start()]
-            under = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            beside = [k for k in tensors if not k.startswith(prefix)]
-            name = (place + prefix).rstrip("/.")
-            found[name or "flat file"] = (under, beside)
+            match = PATCH_EMBED.fullmatch(key)
+            if match:
+                prefix = match[1]
+                under = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                beside = [k for k in tensors if not k.startswith(prefix)]
+                name = (place + prefix).rstrip("/.")
+                found[name or "flat file"] = (under, beside)
     return found
 
 
@@ -172,8 +171,7 @@ def choose(content: dict, found: dict, checkpoint_key: str | None) -> str:
 
 def rank_of(name: str) -> int:
     words = re.split(r"[/._]", name)
-    ranks = [i for i, teacher in enumerate(TEACHERS) if teacher in words]
-    return min(ranks, default=len(TEACHERS))
+    return min((i for i, teacher in enumerate(TEACHERS) if teacher in words), default=len(TEACHERS))
 
 
 def refuse_other_network(keys: Iterable[str]) -> None:
@@ -220,10 +218,10 @@ def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring position embeddings of other layouts to ours, (1, 1 + N, D) with CLS first and registers without
     position: timm's without CLS gets a zero row, those of registers and of DeiT's distillation token are
     added to the tokens."""
-    weight = state["patch_embed.proj.weight"]
-    if weight.ndim != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3] or not weight.numel():
-        raise Mistake(f"patch_embed.proj.weight is {tuple(weight.shape)}, expected (D, 3, P, P)")
-    D = len(weight)
+    shape = tuple(state["patch_embed.proj.weight"].shape)
+    if len(shape) != 4 or 0 in shape or shape[1:] != (3, shape[3], shape[3]):
+        raise Mistake(f"patch_embed.proj.weight is {shape}, expected (D, 3, P, P)")
+    D = shape[0]
     pos = state.get("pos_embed")
     registers = state.get("reg_token", torch.zeros(1, 0, D))
     if registers.ndim != 3:
@@ -237,8 +235,8 @@ def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if R and is_square(n - 1 - R) and registers.shape[2] == pos.shape[2]:
         cls, prefix, patches = pos.split([1, R, n - 1 - R], dim=1)
         return state | {"reg_token": registers + prefix, "pos_embed": torch.cat([cls, patches], dim=1)}
-    shape = "missing" if pos is None else tuple(pos.shape)
-    raise Mistake(f"pos_embed is {shape}, expected (1, 1 + g*g, {D})")
+    what = "missing" if pos is None else tuple(pos.shape)
+    raise Mistake(f"pos_embed is {what}, expected (1, 1 + g*g, {D})")
 
 
 def is_square(n: int) -> bool:
@@ -252,19 +250,18 @@ def read_config(content: dict, state: dict[str, Tensor]) -> dict:
     D, _, _, P = state["patch_embed.proj.weight"].shape
     N = state["pos_embed"].shape[1] - 1
     refuse_oblong(content, N, P)
-    numbers = [int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d{1,9}\.", k)]
-    if not numbers:
+    blocks = {k.split(".")[1] for k in state if re.match(r"blocks\.\d+\.", k)}
+    if not blocks:
         raise Mistake("not a plain ViT: it has no blocks.0 ...")
-    fc1 = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * D))
-    fc2 = state.get("blocks.0.mlp.fc2.weight", torch.empty(D, fc1.numel()))
-    hidden = fc1.numel()
+    hidden = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * D)).numel()
+    fc2 = state.get("blocks.0.mlp.fc2.weight", torch.empty(D, hidden))
     if hidden * D == 2 * fc2.numel():
         raise Mistake("not a plain ViT: its MLP is gated (SwiGLU)")
     config = {
         "img_size": P * round(N ** 0.5),
         "patch_size": P,
         "embed_dim": D,
-        "depth": min(1 + max(numbers), len(state)),
+        "depth": len(blocks),
         "mlp_ratio": hidden / D if int(D * (hidden / D)) == hidden else (hidden + 0.5) / D,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
@@ -272,7 +269,7 @@ def read_config(content: dict, state: dict[str, Tensor]) -> dict:
     if is_ours(content):
         for key in ("img_size", "patch_size", "embed_dim", "depth", "reg_tokens"):
             said = content["arch"][key]
-            if type(said) is not int or said != config[key]:
+            if said != config[key]:
                 raise Mistake(f"its arch says {key} {said}, its weights say {config[key]}")
     return config
 
@@ -297,28 +294,25 @@ def count_heads(content: dict, name: str, state: dict[str, Tensor],
     D = len(state["patch_embed.proj.weight"])
     arch = content.get("arch")
     said = arch.get("num_heads") if isinstance(arch, dict) else None
-    table = sine_cosine(state["pos_embed"])
-    moco = table == "rows" or re.search(r"(momentum|base)_encoder", name)
     if type(said) is int and said > 0 and D % said == 0:
-        heads, reason = said, "(the file says so)"
-        if num_heads not in (None, said):
-            reason = f"(the file says so, not {num_heads})"
-    elif num_heads:
-        heads, reason = num_heads, "(--num_heads)"
-    elif D == 384 and moco:
-        heads, reason = 12, "(as MoCo-v3's of this width)"
-    elif D in TWELVE_HEADS and table:
+        asked = f", not {num_heads}" if num_heads not in (None, said) else ""
+        return said, f"(the file says so{asked})"
+    if num_heads:
+        if D % num_heads:
+            raise Mistake(f"{num_heads} heads (--num_heads) do not divide its width {D}: give another "
+                          "--num_heads")
+        return num_heads, "(--num_heads)"
+    if D not in HEADS:
+        raise Mistake(f"{D} wide, which no ViT known here is: give --num_heads")
+    table = sine_cosine(state["pos_embed"])
+    if D == 384 and (table == "rows" or re.search(r"(momentum|base)_encoder", name)):
+        return 12, "(as MoCo-v3's of this width)"
+    if D not in TWELVE_HEADS:
+        return HEADS[D], "(usual at this width)"
+    if table:
         raise Mistake(f"{D} wide with a fixed sine-cosine position table has {HEADS[D]} heads or, in "
                       f"{TWELVE_HEADS[D]}, 12: give --num_heads")
-    elif D in TWELVE_HEADS:
-        heads, reason = HEADS[D], f"(usual at this width; {TWELVE_HEADS[D]} has 12: --num_heads)"
-    elif D in HEADS:
-        heads, reason = HEADS[D], "(usual at this width)"
-    else:
-        raise Mistake(f"{D} wide, which no ViT known here is: give --num_heads")
-    if D % heads:
-        raise Mistake(f"{heads} heads {reason} do not divide its width {D}: give another --num_heads")
-    return heads, reason
+    return HEADS[D], f"(usual at this width; {TWELVE_HEADS[D]} has 12: --num_heads)"
 
 
 def sine_cosine(pos_embed: Tensor) -> str | None:
