@@ -7,6 +7,7 @@ never evaluated.  The number of heads is the one thing that shapes do not tell; 
 
 A `state` is a dict of tensors by timm's names.  Shapes: N patches, R registers, D width, P patch size."""
 import argparse
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -155,7 +156,7 @@ def unwrapped(inner: dict) -> dict[str, Tensor]:
 
 def choose(content: dict, found: dict, checkpoint_key: str | None) -> str:
     """The name of the backbone to take: the teacher's before others, or one with `checkpoint_key` in it."""
-    names = [n for n in found if checkpoint_key is None or checkpoint_key in re.split(r"[/.]", n)]
+    names = [n for n in found if checkpoint_key in (None, *re.split(r"[/.]", n))]
     if names:
         return min(names, key=rank_of)
     if found:
@@ -240,7 +241,7 @@ def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_square(n: int) -> bool:
-    return n > 0 and round(n ** 0.5) ** 2 == n
+    return n > 0 and math.isqrt(n) ** 2 == n
 
 
 # ------------------------------------------------- the arguments of ViT()
@@ -258,7 +259,7 @@ def read_config(content: dict, state: dict[str, Tensor]) -> dict:
     if hidden * D == 2 * fc2.numel():
         raise Mistake("not a plain ViT: its MLP is gated (SwiGLU)")
     config = {
-        "img_size": P * round(N ** 0.5),
+        "img_size": P * math.isqrt(N),
         "patch_size": P,
         "embed_dim": D,
         "depth": len(blocks),
@@ -278,13 +279,13 @@ def refuse_oblong(content: dict, N: int, P: int) -> None:
     """Raises Mistake where the options in a file say that its N positions are no square."""
     for place, inner in walk(content):
         for key in ("img_size", "input_size", "image_size"):
-            size = inner.get(key)
-            if not isinstance(size, (list, tuple)) or len(size) < 2:
-                continue
-            sides = [x // P for x in size[-2:] if type(x) is int]
-            if len(set(sides)) == 2 and sides[0] * sides[1] == N:
-                grid = f"{sides[0]}x{sides[1]}"
-                raise Mistake(f"its {place}{key} says a grid of {grid} patches; only square ones are read")
+            match inner.get(key):
+                case [*_, int(height), int(width)]:
+                    h = height // P
+                    w = width // P
+                    if h != w and h * w == N:
+                        raise Mistake(f"its {place}{key} says a grid of {h}x{w} patches; only square ones "
+                                      "are read")
 
 
 def count_heads(content: dict, name: str, state: dict[str, Tensor],
@@ -330,14 +331,11 @@ def sine_cosine(pos_embed: Tensor) -> str | None:
 
 def check_keys(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Raises Mistake that names the backbone's keys that are missing, unknown, misshapen or not finite."""
-    misshapen = []
-    for key, value in expected.items():
-        if key in state and state[key].shape != value.shape:
-            misshapen.append(f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}")
     complaints = {
         "lacks": [k for k in expected if k not in state],
         "has unknown": [k for k in state if k not in expected],
-        "has another shape in": misshapen,
+        "has another shape in": [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+                                 for k, v in expected.items() if k in state and state[k].shape != v.shape],
         "is not finite in": [k for k, v in state.items() if not v.isfinite().all()],
     }
     for what, keys in complaints.items():

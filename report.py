@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import json
-import os
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,10 @@ import run
 
 # ------------------------------------------------- the tables
 class Column(NamedTuple):
-    """key: where the number is among the metrics.  best: the largest (max) or the smallest (min) is bold."""
+    """key: where the number is among the metrics.  best: max or min, of which the number is bold."""
     head: str
     key: str
-    best: str = "max"
+    best: Callable | None = max
     digits: int = 1
 
 
@@ -39,8 +39,8 @@ TABLES = {
     "zeroshot": Table(
         "Tables 1 and 5 (which names no architecture): one clicked patch, mIoU in %, overlap O",
         [Column(f"t = {t}", f"miou {t}") for t in ("0.1", "0.2", "0.3", "0.4")]
-        + [Column("best t", "best"), Column("auto", "auto"), Column("everything", "everything", ""),
-           Column("O", "overlap", "min", 3)],
+        + [Column("best t", "best"), Column("auto", "auto"), Column("everything", "everything", None),
+           Column("O", "overlap", min, 3)],
         {"COCO": {
             "MMC, ViT-B": {"best t": "38.4", "O": ".55"},
             "iBOT": {"best t": "36.2", "O": ".56"},
@@ -65,44 +65,31 @@ TABLES = {
         {"": {"MMC, ViT-S, ImageNet-100, 200 epochs": {"CLS, k = 10": "77.5", "PAT, k = 10": "77.0"}}}),
     "fewshot": Table(
         "Table 8: 5-way 1-shot, in %",
-        [Column("accuracy", "accuracy"), Column("of 95 % +-", "ci95", ""), Column("best F1", "f1_best")],
+        [Column("accuracy", "accuracy"), Column("of 95 % +-", "ci95", None), Column("best F1", "f1_best")],
         {"": {"MAE (always yes)": {"best F1": "33.3"}}}),
     "retrieval": Table(
         "Table 9: revisited Oxford and Paris, mAP in %",
         [Column("medium", "medium map"), Column("hard", "hard map")]),
     "variance": Table(
         "Table 10: variance of the features",
-        [Column("CLS over crops", "crops", "", 3), Column("patches over masks", "masks", "", 3),
-         Column("CLS, normalised", "crops_normalised", "min", 3),
-         Column("patches, normalised", "masks_normalised", "min", 3)],
+        [Column("CLS over crops", "crops", None, 3), Column("patches over masks", "masks", None, 3),
+         Column("CLS, normalised", "crops_normalised", min, 3),
+         Column("patches, normalised", "masks_normalised", min, 3)],
         {"": {"MMC": {"CLS over crops": ".19", "patches over masks": ".32"},
               "DINO": {"CLS over crops": ".43", "patches over masks": "1.00"}}}),
 }
-Cell = tuple[str, str]                         # text, and how it is set: "", "bold", "italic"
+PICTURES = {                                   # how the names of the files begin: title
+    "prompt_cat": "cat",
+    "prompt_coffee": "coffee",
+    "similarity_coco": "similarities on COCO",
+    "similarity_voc": "similarities on VOC",
+}
 
 
 def number_at(metrics: dict, key: str) -> float | None:
     for name in key.split():
         metrics = metrics.get(name) if isinstance(metrics, dict) else None
     return metrics
-
-
-def place(name: str, names: dict) -> int:
-    """In the order of names; the unknown last."""
-    return list(names).index(name) if name in names else len(names)
-
-
-def grouped(lines: list[dict]) -> dict[tuple, list[dict]]:
-    """The lines of a table row, by (eval, data and its digest): {row: lines that differ in the seed}."""
-    tables = {}
-    for line in lines:
-        protocol = dict(line["protocol"])
-        seed = protocol.pop("seed", None)
-        where = line["eval"], line.get("data"), line["data_digest"], protocol.get("layout", "")
-        row = line["ckpt"], line["weights"], json.dumps(protocol, sort_keys=True)
-        tables.setdefault(where, {}).setdefault(row, {})[seed] = line  # a later line of a seed replaces
-    return {where: {row: list(seeds.values()) for row, seeds in rows.items()}
-            for where, rows in sorted(tables.items(), key=lambda item: list(TABLES).index(item[0][0]))}
 
 
 def row_title(line: dict, names: dict[str, str]) -> str:
@@ -123,133 +110,141 @@ def cell_of(lines: list[dict], column: Column) -> tuple[float | None, str]:
     return statistics.mean(values), text
 
 
-def rows_of(table: Table, data_name: str, rows: dict[tuple, list[dict]], names: dict,
-            mark: Callable[[dict], str]) -> list[list[Cell]]:
-    """Ours, the best in bold, then the paper's in italics.  mark: what follows a row's title."""
-    out = []
-    for lines in rows.values():
-        out.append([(row_title(lines[-1], names) + mark(lines[-1]), "")])
+def rows_of(table: Table, data_name: str, rows: list[list[dict]], names: dict, mark: Callable) -> list:
+    """Ours, the best in bold, then the paper's in italics, as Markdown."""
+    out = [[row_title(lines[-1], names) + mark(lines[-1])] for lines in rows]
     for column in table.columns:
-        cells = [cell_of(lines, column) for lines in rows.values()]
+        cells = [cell_of(lines, column) for lines in rows]
         values = [round(value, column.digits) for value, _ in cells if value is not None]
-        best = {"max": max, "min": min}[column.best](values) if column.best and len(values) > 1 else None
+        best = column.best(values) if column.best and len(values) > 1 else None
         for row, (value, text) in zip(out, cells, strict=True):
             is_best = value is not None and best == round(value, column.digits)
-            row.append((text, "bold" if is_best else ""))
+            row.append(f"**{text}**" if is_best else text)
     for key, paper in table.paper.items():
         for name, numbers in paper.items() if key in data_name else ():
-            row = [(f"paper: {name}", "italic")]
-            out.append(row + [(numbers.get(column.head, ""), "italic") for column in table.columns])
+            texts = [numbers.get(column.head) for column in table.columns]
+            out.append([f"*paper: {name}*", *(f"*{text}*" if text else "" for text in texts)])
     return out
 
 
-def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> list[tuple]:
-    """(title, heads, rows of cells) for each table whose evaluation is among the lines."""
+def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> list[tuple[str, str]]:
+    """(title, table in Markdown) of each evaluation and set of images among the lines.
+
+    names: {checkpoint: title}, in the order of the rows.  mark: what follows the title of a line's row."""
+    places = {ckpt: i for i, ckpt in enumerate(names)}
+    evals = list(TABLES)
+    tables = {}
+    for line in sorted(lines, key=lambda line: (evals.index(line["eval"]), str(line["data"]),
+                                                places.get(line["ckpt"], len(names)))):
+        protocol = dict(line["protocol"])
+        seed = protocol.pop("seed", None)
+        where = line["eval"], line["data"], line["data_digest"], protocol.get("layout", "")
+        row = line["ckpt"], line["weights"], json.dumps(protocol, sort_keys=True)
+        tables.setdefault(where, {}).setdefault(row, {})[seed] = line  # a later line of a seed replaces
+
     out = []
-    lines = sorted(lines, key=lambda line: (str(line["data"]), place(line["ckpt"], names)))
-    for (name, data_name, _, layout), rows in grouped(lines).items():
-        table = TABLES[name]
-        line = next(iter(rows.values()))[-1]
-        images = f", {line['metrics']['n_images']} images" if "n_images" in line["metrics"] else ""
-        heads = ["weights", *(column.head for column in table.columns)]
+    for (eval, data_name, _, layout), rows in tables.items():
+        table = TABLES[eval]
+        rows = [list(seeds.values()) for seeds in rows.values()]
+        metrics = rows[0][-1]["metrics"]
+        images = f", {metrics['n_images']} images" if "n_images" in metrics else ""
         parts = Path(data_name or layout).parts
         where = "/".join(parts[-2:] if parts[-1] == "val" else parts[-1:])
-        title = f"{table.title}; {where}{images}"
-        out.append((title, heads, rows_of(table, layout or str(data_name), rows, names, mark)))
+        heads = ["weights", *(column.head for column in table.columns)]
+        cells = rows_of(table, layout or str(data_name), rows, names, mark)
+        out.append((f"{table.title}; {where}{images}", markdown(heads, cells)))
     return out
 
 
-def markdown(heads: list[str], rows: list[list[Cell]]) -> str:
-    around = {"": "", "bold": "**", "italic": "*"}
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = [f"{around[style]}{text}{around[style]}" if text else "" for text, style in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |\n" for cells in [heads, *rows]]
+    lines.insert(1, "|" + "---|" * len(heads) + "\n")
+    return "".join(lines)
 
 
 # ------------------------------------------------- the report
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:0 auto;padding:1em;color:#222}
 h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
-table{border-collapse:collapse}td,th{padding:.25em .7em;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}tr{border-bottom:1px solid #ddd}th{border-bottom:2px solid #888}
+table{border-collapse:collapse}td{padding:.25em .7em;text-align:right;white-space:nowrap}
+td:first-child{text-align:left}tr{border-bottom:1px solid #ddd}
+tr:first-child{border-bottom:2px solid #888;font-weight:bold}
 i{color:#666}figure{display:inline-block;margin:.5em .5em 1em 0}figcaption{color:#666}"""
 
 
-def html_table(heads: list[str], rows: list[list[Cell]]) -> str:
-    tags = {"": "{}", "bold": "<b>{}</b>", "italic": "<i>{}</i>"}
-    body = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    lines = [f"<tr>{body}</tr>"]
-    for row in rows:
-        cells = [f"<td>{tags[style].format(html.escape(text))}</td>" for text, style in row]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+FORMS = [                                      # of Markdown, and what they are in HTML
+    (r"^(\w.*)$", r"<p>\1</p>"),
+    (r"^# (.*)$", r"<h1>\1</h1>"),
+    (r"^## (.*)$", r"<h2>\1</h2>"),
+    (r"^- (.*)$", r"<li>\1</li>"),
+    (r"\*\*(.+?)\*\*", r"<b>\1</b>"),
+    (r"\*(.+?)\*", r"<i>\1</i>"),
+]
 
 
-def html_picture(path: Path, title: str) -> str:
-    """The picture itself, as a data URI, so that the page is one file."""
+def page_of(text: str, out: Path) -> str:
+    """A report in Markdown as a page of HTML that holds its pictures.  out: the folder of the report."""
+    text = html.escape(text)
+    text = re.sub(r"(^\|.*\n)+", html_table, text, flags=re.MULTILINE)
+    for markdown, tags in FORMS:
+        text = re.sub(markdown, tags, text, flags=re.MULTILINE)
+    text = re.sub(r"!\[(.*)\]\((.*)\)", lambda match: html_picture(out, *match.groups()), text)
+    return (f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Benchmark</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>{text}</html>\n')
+
+
+def html_table(match: re.Match) -> str:
+    head, _, *body = match[0].splitlines()
+    rows = [line[2:-2].replace(" | ", "</td><td>") for line in [head, *body]]
+    rows = [f"<tr><td>{row}</td></tr>" for row in rows]
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>\n'
+
+
+def html_picture(out: Path, title: str, path: str) -> str:
+    """As a data URI."""
     buffer = io.BytesIO()
-    image = Image.open(path).convert("RGB")
+    image = Image.open(out / html.unescape(path)).convert("RGB")
     image.thumbnail((1200, 1200))
     image.save(buffer, "JPEG", quality=85)
     text = base64.b64encode(buffer.getvalue()).decode()
-    title = html.escape(title)
     return (f'<figure><img alt="{title}" src="data:image/jpeg;base64,{text}">'
             f"<figcaption>{title}</figcaption></figure>")
 
 
-def find_pictures(out: Path, photos: list[str], networks: dict[str, str]) -> list[tuple[Path, str]]:
-    """(file, title) of each picture that is there.  networks: {name: digest of the weights}."""
-    titles = {f"prompt_{Path(photo).stem}": Path(photo).stem for photo in photos}
-    titles |= {"similarity_coco": "similarities on COCO", "similarity_voc": "similarities on VOC"}
+def find_pictures(out: Path, networks: list) -> list[tuple[Path, str]]:
+    """(file, title) of each picture that is there."""
     found = []
-    for begin, title in titles.items():
-        for name, weights in networks.items():
-            for path in sorted(out.glob(f"pictures/{begin}_{weights}_*.png")):
-                found.append((path, f"{title}: {name}"))
-    for name, weights in networks.items():
-        for folder in sorted(out.glob(f"davis/{weights}_*/overlay/*/")):
+    for begin, title in PICTURES.items():
+        for network in networks:
+            for path in sorted(out.glob(f"pictures/{begin}_{network.weights}_*.png")):
+                found.append((path, f"{title}: {network.name}"))
+    for network in networks:
+        for folder in sorted(out.glob(f"davis/{network.weights}_*/overlay/*/")):
             frames = sorted(folder.glob("*.jpg"))
             if frames:
-                found.append((frames[len(frames) // 2], f"{folder.name}: {name}"))
+                found.append((frames[len(frames) // 2], f"{folder.name}: {network.name}"))
     return found
 
 
-def write_report(out: Path, names: dict[str, str], missing: list[str], pictures: list[tuple]) -> None:
-    """report.md and report.html from results.jsonl and failed.jsonl.  pictures: (path, title)."""
+def write_report(out: Path, networks: list, missing: list[str]) -> None:
+    """report.md and report.html from results.jsonl, failed.jsonl and the pictures.
+
+    networks: each with ckpt, name, weights.  missing: what is not measured, and why."""
     lines = run.read_lines(out / "results.jsonl")
     left_out = list(missing)
     for line in run.read_lines(out / "failed.jsonl"):
-        text = f"{line['name']}, {line['eval']} on {line['data']}: {line['why']}"
-        if text not in left_out:
-            left_out.append(text)
-    left_out = left_out or ["nothing"]
+        left_out.append(f"{line['name']}, {line['eval']} on {line['data']}: {line['why']}")
     code = ", ".join(sorted({str(line["commit"]) for line in lines}))
     machine = "; ".join(sorted({f"torch {line['torch']}, {line['device']}" for line in lines}))
-    about = (f"Ours, and in italics the paper's numbers, on the paper's data. Measured with code {code}; "
-             f"{machine}.")
 
-    text = [f"# Benchmark\n\n{about}\n"]
-    page = [f"<h1>Benchmark</h1><p>{html.escape(about)}</p>"]
-    for title, heads, rows in sections(lines, names):
-        text.append(f"## {title}\n\n{markdown(heads, rows)}")
-        page.append(f"<h2>{html.escape(title)}</h2>{html_table(heads, rows)}")
-    text.append("## Not measured\n\n" + "".join(f"- {line}\n" for line in left_out))
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in left_out)
-    page.append(f"<h2>Not measured</h2><ul>{items}</ul><h2>Pictures</h2>")
-    text.append("## Pictures\n")
-    for path, title in pictures:
-        text.append(f"![{title}]({path.relative_to(out)})\n")
-        page.append(html_picture(path, title))
-    head = ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Benchmark</title>'
-            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>')
-    write(out / "report.md", "\n".join(text))
-    write(out / "report.html", head + "\n".join(page) + "</html>\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Another rank may write the same file: it is always one of the two."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with run.writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+    about = f"the paper's numbers, on the paper's data. Measured with code {code}; {machine}."
+    text = [f"# Benchmark\n\nOurs, and in italics {about}\n"]
+    for title, table in sections(lines, {network.ckpt: network.name for network in networks}):
+        text.append(f"## {title}\n\n{table}")
+    text.append("## Not measured\n")
+    text += [f"- {line}" for line in dict.fromkeys(left_out)]
+    text.append("\n## Pictures\n")
+    text += [f"![{title}]({path.relative_to(out)})\n" for path, title in find_pictures(out, networks)]
+    report = "\n".join(text)
+    for name, content in (("report.md", report), ("report.html", page_of(report, out))):
+        with checkpoint.whole_file(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")

@@ -15,17 +15,19 @@ world takes 4 to 7 minutes on two CPU cores; results/toy/table.md shows what to 
 import argparse
 import json
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 import torch
 
+import distributed
 import figure
+import finetune
+import pretrain
 import run
+import zeroshot
 
 FINETUNE = "--epochs 10 --warmup_epochs 1 --lr 2e-3 --augment none --mixup 0 --cutmix 0"
 
@@ -67,19 +69,10 @@ COLUMNS = {  # key in results.jsonl: head of its column
 
 
 # ------------------------------------------------- runs
-def call(script: str, *options) -> None:
-    """Run one of our scripts.  If it is stopped or fails, we end, too, with a code that says which."""
-    command = [sys.executable, str(Path(__file__).parent.parent / script), *map(str, options)]
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:                  # the script was interrupted, too, and saves
-        code = process.wait()
-    signal.signal(signal.SIGTERM, before)
-    if code:
-        ours = code if code in (run.STOPPED, run.NOT_FINITE) else run.MISTAKE
-        run.end(f"{' '.join(command[1:])} ended with code {code}; start the same command to go on", ours)
+def call(script, *options) -> None:
+    """Run one of our scripts in this process.  What ends it, such as a signal, ends us with its exit code."""
+    script.main(script.get_args([str(option) for option in options]))
+    torch.compiler.reset()                     # the next networks are others, if --compile is given
 
 
 def settings_of(name: str, args: argparse.Namespace) -> dict:
@@ -94,16 +87,14 @@ def run_variant(name: str, seed: int, args: argparse.Namespace) -> dict:
     """Pretrain and evaluate one variant; returns its line of results.jsonl, with shares in percent."""
     settings = settings_of(name, args)
     work = Path(args.work) / f"{name.replace(' ', '_')}_{seed}"
-    call("pretrain.py", "--output_dir", work, "--seed", seed, *settings["options"])
+    call(pretrain, "--output_dir", work, "--seed", seed, *settings["options"])
     about = json.loads((work / "run.json").read_text())
-    device = about["options"]["device"]
-    if device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = distributed.pick_device(about["options"]["device"])
 
     row = {"study": args.study, "variant": name, "seed": seed, **settings}
     row |= json.loads((work / "results.json").read_text())
     row |= {"curve": curve_of(work), **evaluate(work, seed, args)}
-    return row | {"command": args.command, "device": torch.device(device).type, "torch": about["torch"],
+    return row | {"command": args.command, "device": device.type, "torch": about["torch"],
                   "commit": about["commit"], "date": date.today().isoformat()}
 
 
@@ -118,7 +109,7 @@ def curve_of(work: Path) -> list[list[float]]:
 
 def evaluate(work: Path, seed: int, args: argparse.Namespace) -> dict:
     """What zeroshot.py and finetune.py find for the pretrained weights."""
-    def measure(script: str, *options) -> dict:
+    def measure(script, *options) -> dict:
         file = work / "evaluation.jsonl"
         file.unlink(missing_ok=True)
         call(script, "--ckpt", work / "backbone.pth", *options, "--json", file)
@@ -127,12 +118,12 @@ def evaluate(work: Path, seed: int, args: argparse.Namespace) -> dict:
     row = {}
     for name, folder in (("coco", args.coco), ("voc", args.voc)):
         if folder:
-            metrics = measure("zeroshot.py", f"--{name}", folder, *args.zeroshot_options.split())
+            metrics = measure(zeroshot, f"--{name}", folder, *args.zeroshot_options.split())
             row[name] = metrics["best"]
             row[f"{name}_auto"] = metrics["auto"]
             row[f"{name}_overlap"] = metrics["overlap"]
     if args.finetune:
-        metrics = measure("finetune.py", "--data", args.finetune, "--output_dir", work / "finetune",
+        metrics = measure(finetune, "--data", args.finetune, "--output_dir", work / "finetune",
                           "--seed", seed, *args.finetune_options.split())
         row["finetune"] = metrics["top1"]
     return row

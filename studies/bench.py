@@ -145,31 +145,39 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def measure(self, rounds: int) -> dict:
-        """images/s, GFLOP an image, MiB an image, shares of the parts."""
-        seconds = statistics.median(interleaved({"": self}, rounds, self.device)[""])
-        memory = peak_mib(self, self.device)
+    def flop(self) -> int:
         with FlopCounterMode(display=False) as counter:
             self()
-        self.seconds = {}
+        return counter.get_total_flops()
+
+    def shares(self) -> dict[str, float]:
+        """What part of the time each part takes."""
         for _ in range(3):
             self(timed=True)
         parts = {name: statistics.median(values) for name, values in self.seconds.items()}
-        total, B = sum(parts.values()), self.args.batch_size
-        return {"images_per_s": round(B / seconds, 3), "gflop": round(counter.get_total_flops() / B / 1e9, 1),
-                "mib": round(memory / B, 1), "parts": {k: round(v / total, 3) for k, v in parts.items()}}
+        total = sum(parts.values())
+        return {name: round(seconds / total, 3) for name, seconds in parts.items()}
 
 
 def bench_step(args, device: torch.device, peaks: dict) -> dict:
     options = f"--arch {args.arch} --global_crops_size {args.crops} --local_crops_number {args.local}"
     options += f" --batch_size {args.batch_size} --patch_tokens {args.patch_tokens}"
     options += f" --precision {args.precision}"
-    found = Step(options.split(), device).measure(args.rounds)
-    share = found["images_per_s"] * found["gflop"] * 1e9 / peaks[args.precision]
+    step = Step(options.split(), device)
+    B = args.batch_size
+    seconds = statistics.median(interleaved({"": step}, args.rounds, device)[""])
+    flop = step.flop()
+    found = {
+        "images_per_s": round(B / seconds, 3),
+        "gflop": round(flop / B / 1e9, 1),
+        "mib": round(peak_mib(step, device) / B, 1),
+        "parts": step.shares(),
+        "share_of_peak": round(flop / seconds / peaks[args.precision], 3),
+    }
     print(f"training step, {options}\n  {found['images_per_s']:.2f} images/s, {found['gflop']:.0f} GFLOP an "
-          f"image, {100 * share:.0f} % of the peak, {found['mib']:.0f} MiB an image")
+          f"image, {100 * found['share_of_peak']:.0f} % of the peak, {found['mib']:.0f} MiB an image")
     print("  " + "  ".join(f"{name} {100 * v:.0f} %" for name, v in found["parts"].items()), flush=True)
-    return found | {"share_of_peak": round(share, 3)}
+    return found
 
 
 # ------------------------------------------------- parts against their plain forms

@@ -87,16 +87,10 @@ def measure(options: list[str], device: torch.device, rounds: int = 8) -> dict:
     if device.type == "cuda":
         found["mib"] = round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
     if "--compile" not in options:
-        from torch.utils.flop_counter import FlopCounterMode
-        with FlopCounterMode(display=False) as counter:
-            step()
-        found["gflop"] = round(counter.get_total_flops() / B / 1e9, 1)
-        peak = matmul_peak(device, torch.bfloat16)
-        found["share_of_peak"] = round(counter.get_total_flops() / seconds / peak, 3)
-        for _ in range(3):
-            step(timed=True)
-        total = sum(sum(v) for v in step.seconds.values())
-        found["parts"] = {name: round(sum(v) / total, 3) for name, v in step.seconds.items()}
+        flop = step.flop()
+        found["gflop"] = round(flop / B / 1e9, 1)
+        found["share_of_peak"] = round(flop / seconds / matmul_peak(device, torch.bfloat16), 3)
+        found["parts"] = step.shares()
     return found
 
 

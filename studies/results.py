@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import run
-from report import markdown, sections
+from report import markdown, number_at, sections
 from studies import ablation
 
 ROOT = Path(__file__).parent.parent
@@ -83,14 +83,10 @@ def find(lines: list[dict], eval: str, ckpt: str, data: str, size: int | None = 
     return found
 
 
-def number(metrics: dict, *keys: str, digits: int = 1) -> str:
-    for key in keys:
-        metrics = metrics.get(key, {}) if isinstance(metrics, dict) else {}
-    return f"{metrics:.{digits}f}" if isinstance(metrics, float | int) else ""
-
-
-def plain_table(heads: list[str], rows: list[list[str]]) -> str:
-    return markdown(heads, [[(text, "") for text in row] for row in rows])
+def number(line: dict, key: str, digits: int = 1) -> str:
+    """key: as in report.Column, such as 'cls 10'."""
+    value = number_at(line, key)
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 # ------------------------------------------------- the first screen
@@ -141,7 +137,7 @@ def claims() -> str:
          f"{several(short, '100')}; untrained: {untrained(short)}",
          f"{several(toy, '100')}; untrained: {untrained(toy)}", "yes"],
     ]
-    return plain_table(["claim", "paper", "imagenette, 48 px", "toy world", "holds here?"], rows)
+    return markdown(["claim", "paper", "imagenette, 48 px", "toy world", "holds here?"], rows)
 
 
 def headlines(lines: list[dict]) -> str:
@@ -149,24 +145,24 @@ def headlines(lines: list[dict]) -> str:
     sizes = {"mmc.pth": 240, "random:vit_mini/8": 240, "random:vit_s/16": 480,
              "vits14_dinov2_saliency_fp16.pth": 420}                   # 30 x 30 tokens
     measures = [
-        ("one click on COCO, best t: mIoU", "38.4", "zeroshot", "COCO val2017", ["best"], 1),
-        ("the same, automatic t", "", "zeroshot", "COCO val2017", ["auto"], 1),
-        ("overlap O on COCO (lower is better)", ".55", "zeroshot", "COCO val2017", ["overlap"], 3),
-        ("one click on VOC, best t: mIoU", "", "zeroshot", "VOC val", ["best"], 1),
-        ("k-NN on imagenette, CLS", "77.5", "knn", "imagenette", ["cls", "10"], 1),
-        ("k-NN on imagenette, PAT", "77.0", "knn", "imagenette", ["pat", "10"], 1),
-        ("k-NN on imagewoof, CLS", "", "knn", "imagewoof", ["cls", "10"], 1),
-        ("5-way 1-shot, imagenette: accuracy", "", "fewshot", "imagenette", ["accuracy"], 1),
-        ("DAVIS, three sequences: J&F", "60.3", "davis", "DAVIS", ["J&F-Mean"], 1),
+        ("one click on COCO, best t: mIoU", "38.4", "zeroshot", "COCO val2017", "best", 1),
+        ("the same, automatic t", "", "zeroshot", "COCO val2017", "auto", 1),
+        ("overlap O on COCO (lower is better)", ".55", "zeroshot", "COCO val2017", "overlap", 3),
+        ("one click on VOC, best t: mIoU", "", "zeroshot", "VOC val", "best", 1),
+        ("k-NN on imagenette, CLS", "77.5", "knn", "imagenette", "cls 10", 1),
+        ("k-NN on imagenette, PAT", "77.0", "knn", "imagenette", "pat 10", 1),
+        ("k-NN on imagewoof, CLS", "", "knn", "imagewoof", "cls 10", 1),
+        ("5-way 1-shot, imagenette: accuracy", "", "fewshot", "imagenette", "accuracy", 1),
+        ("DAVIS, three sequences: J&F", "60.3", "davis", "DAVIS", "J&F-Mean", 1),
     ]
     rows = []
-    for title, paper, eval, name, keys, digits in measures:
+    for title, paper, eval, name, key, digits in measures:
         row = [title]
         for ckpt, size in sizes.items():
             dense = size if eval in ("zeroshot", "davis") else None
-            row.append(number(find(lines, eval, ckpt, name, dense), *keys, digits=digits))
+            row.append(number(find(lines, eval, ckpt, name, dense), key, digits))
         rows.append([*row, f"*{paper}*" if paper else ""])
-    return plain_table(["", *NAMES.values(), "*paper's MMC*"], rows)
+    return markdown(["", *NAMES.values(), "*paper's MMC*"], rows)
 
 
 # ------------------------------------------------- the run on a GPU
@@ -177,10 +173,10 @@ def epochs_table(log: list[dict], every: int) -> str:
     for line in [line for line in log if "knn_cls" in line] + steps[-1:]:
         before = [step for step in steps if step["epoch"] <= line["epoch"] + 1e-6]
         losses = before[-1] if before else {}
-        cells = [number(losses, name, digits=2) for name in ("loss", "rec", "pat", "cls")]
+        cells = [number(losses, name, 2) for name in ("loss", "rec", "pat", "cls")]
         knn = [number(line, "knn_cls"), number(line, "knn_pat")]
         rows.append([f"{line['epoch']:.0f}", *knn, *cells])
-    return plain_table(["epoch", "k-NN CLS", "k-NN PAT", "loss", "rec", "pat", "cls"], rows)
+    return markdown(["epoch", "k-NN CLS", "k-NN PAT", "loss", "rec", "pat", "cls"], rows)
 
 
 def throughput_table(runs: list[dict]) -> str:
@@ -189,7 +185,7 @@ def throughput_table(runs: list[dict]) -> str:
         options = one["options"].replace(" --precision bf16", "").replace("--", "")
         share = f"{100 * one['share_of_peak']:.0f} %" if "share_of_peak" in one else ""
         rows.append([options, f"{one['images_per_s']:.0f}", f"{one['mib'] / 1024:.1f} GiB", share])
-    return plain_table(["options", "images/s", "memory", "of the peak of a matrix product"], rows)
+    return markdown(["options", "images/s", "memory", "of the peak of a matrix product"], rows)
 
 
 def gpu_part() -> str:
@@ -214,7 +210,7 @@ def curve_table(row: dict) -> str:
     heads = ["epoch", *(str(epoch) for epoch, *_ in row["curve"])]
     rows = [[name, *(f"{point[column]:.1f}" for point in row["curve"])]
             for column, name in ((1, "CLS"), (2, "PAT"))]
-    return plain_table(heads, rows)
+    return markdown(heads, rows)
 
 
 def study(name: str) -> str:
@@ -276,11 +272,6 @@ toy do not overrule the paper's reading, which stays the default.
 
 
 # ------------------------------------------------- an earlier small run
-def old_number(line: dict, key: str, digits: int = 1) -> str:
-    value = line.get(key)
-    return f"{value:.{digits}f}" if value is not None else ""
-
-
 def earlier_part() -> str:
     """results/ours: the run of 20 epochs at 48 px, in the lines of earlier scripts."""
     lines = lines_of("ours/evaluations.jsonl")
@@ -288,8 +279,8 @@ def earlier_part() -> str:
     prompts = []
     for line in lines:
         if line.get("eval") == "zeroshot":
-            prompts.append([names[line["ckpt"]], line["data"], str(line["size"]), old_number(line, "best"),
-                            old_number(line, "auto"), old_number(line, "overlap", 3)])
+            prompts.append([names[line["ckpt"]], line["data"], str(line["size"]), number(line, "best"),
+                            number(line, "auto"), number(line, "overlap", 3)])
     probes = []
     for line in lines:
         title = [names.get(line["ckpt"], line["ckpt"]), line.get("data", "DAVIS")]
@@ -300,7 +291,7 @@ def earlier_part() -> str:
             values = f"{line['crops']:.3f}, {line['masks']:.3f}"
             probes.append([*title, "variance of CLS, of patches", values])
         elif line.get("probe") == "linseg":
-            probes.append([*title, "linear segmentation, 300 iterations: mIoU", old_number(line, "miou")])
+            probes.append([*title, "linear segmentation, 300 iterations: mIoU", number(line, "miou")])
         elif line.get("eval") == "davis":
             probes.append([*title, "J&F", f"{100 * line['J&F-Mean']:.1f}"])
     tuned = [line for line in lines if "top1" in line]
@@ -313,8 +304,8 @@ def earlier_part() -> str:
 The 111 of 20 epochs above, `random:vit_micro/8` beside it, by earlier code: `results/ours/`. Prompts on
 80 images:
 
-{plain_table(['weights', 'images', 'size', 'best t', 'auto', 'O'], prompts)}
-{plain_table(['weights', 'images', 'measure', ''], probes)}"""
+{markdown(['weights', 'images', 'size', 'best t', 'auto', 'O'], prompts)}
+{markdown(['weights', 'images', 'measure', ''], probes)}"""
 
 
 # ------------------------------------------------- the page
@@ -366,8 +357,8 @@ three sequences of DAVIS-2017; `results/subsets.json` names the files. *DINOv2-S
 by a third party and is not the published DINOv2. Lines: `results/benchmark.jsonl` ({devices}). The best of
 ours is bold.
 """]
-    for title, heads, rows in sections(lines, NAMES, mark):
-        parts.append(f"### {title}\n\n{markdown(heads, rows)}")
+    for title, table in sections(lines, NAMES, mark):
+        parts.append(f"### {title}\n\n{table}")
     notes = marked_part(lines)
     if notes:
         parts.append(f"Rows with{MARK} are by code older than the last change of these files, which need not "

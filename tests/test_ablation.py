@@ -143,13 +143,15 @@ class Scripts:
 
     def __call__(self, script, *options):
         options = [str(option) for option in options]
-        self.calls.append([script, *options])
-        if script == "pretrain.py":
+        self.calls.append([script.__name__, *options])
+        if script is ablation.pretrain:
             self.pretrain(Path(options[options.index("--output_dir") + 1]))
             return
-        metrics = {"top1": 50.0} if script == "finetune.py" else {"best": 30.0, "auto": 31.0, "overlap": 0.7}
+        metrics = {"best": 30.0, "auto": 31.0, "overlap": 0.7}
+        if script is ablation.finetune:
+            metrics = {"top1": 50.0}
         file = options[options.index("--json") + 1]
-        run.record(file, eval=script, ckpt="", weights="", data="", data_digest="", protocol={},
+        run.record(file, eval=script.__name__, ckpt="", weights="", data="", data_digest="", protocol={},
                    metrics=metrics, seconds=1.0, device=Mock(type="cpu"))
 
     def pretrain(self, folder):
@@ -177,10 +179,10 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
     file = str(work / "evaluation.jsonl")
     weights = ["--ckpt", str(work / "backbone.pth")]
     assert scripts.calls == [
-        ["pretrain.py", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_cls", "1"],
-        ["zeroshot.py", *weights, "--coco", "COCO", "--size", "240", "--json", file],
-        ["zeroshot.py", *weights, "--voc", "VOC", "--size", "240", "--json", file],
-        ["finetune.py", *weights, "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
+        ["pretrain", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_cls", "1"],
+        ["zeroshot", *weights, "--coco", "COCO", "--size", "240", "--json", file],
+        ["zeroshot", *weights, "--voc", "VOC", "--size", "240", "--json", file],
+        ["finetune", *weights, "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
          "--epochs", "1", "--json", file]]
 
     line, = run.read_lines(tmp_path / "out" / "results.jsonl")
@@ -225,22 +227,10 @@ def test_a_run_with_other_options_is_refused(tmp_path):
         ablation.main(ablation.get_args([*command, "--zeroshot_options", "--size 240"]))
 
 
-def test_the_exit_code_of_a_stopped_run_is_passed_on(monkeypatch):
-    for code, wanted in ((75, 75), (3, 3), (1, 2), (-9, 2)):
-        monkeypatch.setattr(ablation.subprocess, "Popen", lambda _, code=code: Mock(wait=lambda: code))
-        with pytest.raises(SystemExit) as e:
-            ablation.call("pretrain.py")
-        assert e.value.code == wanted
-
-
-def test_scripts_are_found_at_the_root(monkeypatch):
-    commands = []
-
-    def started(command):
-        commands.append(command)
-        return Mock(wait=lambda: 0)
-
-    monkeypatch.setattr(ablation.subprocess, "Popen", started)
-    ablation.call("pretrain.py", "--seed", 1)
-    _, script, *options = commands[0]
-    assert Path(script) == ROOT / "pretrain.py" and options == ["--seed", "1"]
+def test_the_exit_code_of_a_stopped_run_is_passed_on(tmp_path, monkeypatch):
+    def stopped(args):
+        run.end("stopped by a signal", run.STOPPED)
+    monkeypatch.setattr(ablation.pretrain, "main", stopped)
+    with pytest.raises(SystemExit) as e:
+        ablation.main(ablation.get_args(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]))
+    assert e.value.code == 75 and not (tmp_path / "out" / "results.jsonl").exists()

@@ -63,12 +63,12 @@ def test_hub_opens_any_file(ours, capsys):
 def test_hub_opens_the_file_beside_it_or_says_that_it_is_not_there(ours, monkeypatch):
     path, network = ours
     hub = runpy.run_path(str(ROOT / "hubconf.py"))
-    monkeypatch.setitem(hub["mmc_micro"].__globals__, "__file__", str(path.parent / "hubconf.py"))
+    monkeypatch.setitem(hub["mmc_mini"].__globals__, "__file__", str(path.parent / "hubconf.py"))
     with pytest.raises(Mistake, match="mmc.pth: no such checkpoint file"):
-        hub["mmc_micro"]()
+        hub["mmc_mini"]()
     path.rename(path.parent / "mmc.pth")
-    assert torch.equal(hub["mmc_micro"]()(IMAGES), network(IMAGES))
-    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_mini", "mmc_micro"]
+    assert torch.equal(hub["mmc_mini"]()(IMAGES), network(IMAGES))
+    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_mini"]
     assert all(importlib.util.find_spec(name) for name in hub["dependencies"])
 
 
