@@ -4,8 +4,8 @@
         --imagenette imagenette --out out/benchmark                    # --quick: minutes, on small subsets
     torchrun --nproc_per_node=8 benchmark.py ...                       # the ranks share out the measurements
 
-The evaluations are those of the scripts, with their protocols; a checkpoint is loaded once.  Written to OUT:
-results.jsonl, the lines that the scripts' --json has; report.md; report.html, one file with all pictures.
+The evaluations are those of the scripts, with their protocols.  Written to OUT: results.jsonl, the lines
+that the scripts' --json has; report.md; report.html, one file with all pictures.
 The same command goes on after an interruption: what results.jsonl has, with the same weights, images and
 protocol, is not done again.  A measurement that a checkpoint is not fit for is left out, and the report says
 why.  The ranks of torchrun do not wait for each other; the last to end has written the whole report.
@@ -97,11 +97,9 @@ def parse(args, eval: str, ckpt: str, seed: int, *words) -> argparse.Namespace:
             own += shlex.split(text)
     shared = ["--ckpt", ckpt, "--device", args.device, "--precision", args.precision,
               "--json", Path(args.out) / "results.jsonl"]
-    get_args = {"zeroshot": zeroshot.get_args, "davis": davis.get_args}.get(eval)
-    if get_args is None:
-        get_args = probes.get_args
-        words = [eval, *words]
-    options = get_args([str(word) for word in [*words, *shared, *own]])
+    script = {"zeroshot": zeroshot, "davis": davis}.get(eval, probes)
+    probe = [eval] if script is probes else []
+    options = script.get_args([str(word) for word in [*probe, *words, *shared, *own]])
     options.seed = seed
     options.num_workers = args.num_workers
     return options
@@ -114,8 +112,10 @@ def dense_size(args, vit: ViT) -> int:
     return zeroshot.working_size(args.size, vit.patch_size)
 
 
-def prompt_job(args, option: str, folder: str, device: torch.device) -> Job:
+def prompt_job(args, option: str, device: torch.device) -> Job:
     """Tables 1 and 5, Fig. 5.  option: coco or voc."""
+    folder = getattr(args, option)
+
     def options(network: Network, seed: int):
         size = dense_size(args, network.vit)
         picture = Path(args.out) / f"pictures/similarity_{option}_{network.weights}_{size}.png"
@@ -214,8 +214,7 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
     """The evaluations whose data is given, and what is not measured and why.  Raises Mistake for data that is
     not there or is no such set."""
     missing = [f"{what}: needs --{option}" for option, what in NEEDS.items() if not getattr(args, option)]
-    jobs = [prompt_job(args, option, getattr(args, option), device)
-            for option in ("voc", "coco") if getattr(args, option)]
+    jobs = [prompt_job(args, option, device) for option in ("voc", "coco") if getattr(args, option)]
     jobs += [probe_job(args, "knn", folder, device) for folder in args.imagenette]
     for probe in ("fewshot", "variance"):
         jobs += [probe_job(args, probe, folder, device) for folder in args.imagenette[:1]]
@@ -248,15 +247,33 @@ def open_network(args, ckpt: str, device: torch.device) -> Network:
     return Network(ckpt, name, vit, checkpoint.digest(vit), fault)
 
 
-def is_there(lines: list[dict], job: Job, network: Network, own: argparse.Namespace) -> bool:
+def is_there(job: Job, network: Network, own: argparse.Namespace) -> bool:
     """Whether a line has this measurement: each choice in its protocol is that of the option of its name."""
-    for line in lines:
-        if (line["eval"], line["weights"], line["data_digest"]) != (job.eval, network.weights, job.digest):
-            continue
-        asked = {name: getattr(own, name, None) for name in line["protocol"] if name != "sequences"}
-        if all(value in (None, line["protocol"][name]) for name, value in asked.items()):
+    for line in run.read_lines(Path(own.json)):
+        same = [getattr(own, name, None) in (None, value)
+                for name, value in line["protocol"].items() if name != "sequences"]
+        of = line["eval"], line["weights"], line["data_digest"]
+        if of == (job.eval, network.weights, job.digest) and all(same):
             return True
     return False
+
+
+def measure(args, job: Job, network: Network, seed: int) -> bool:
+    """One measurement, unless it is there.  One that fails is noted, and the others go on."""
+    try:
+        if network.fault:
+            raise Mistake(network.fault)
+        own = job.options(network, seed)
+        if is_there(job, network, own):
+            return False
+        job.work(own, network)
+    except Mistake as e:
+        note_failure(args, job, network, str(e))
+    except SystemExit as e:                                            # of a training, which has said why
+        if e.code == run.STOPPED:
+            raise
+        note_failure(args, job, network, f"its training ended with code {e.code}")
+    return True
 
 
 def note_failure(args, job: Job, network: Network, why: str) -> None:
@@ -265,37 +282,10 @@ def note_failure(args, job: Job, network: Network, why: str) -> None:
         "name": network.name, "eval": job.eval, "data": str(job.data), "why": why})
 
 
-def plan(args, cells: list[tuple]) -> list[tuple]:
-    """(job, network, its options) of the cells that are still to be done."""
-    lines = run.read_lines(Path(args.out) / "results.jsonl")
-    todo = []
-    for job, network, seed in cells:
-        try:
-            if network.fault:
-                raise Mistake(network.fault)
-            own = job.options(network, seed)
-        except Mistake as e:
-            note_failure(args, job, network, str(e))
-            continue
-        if not is_there(lines, job, network, own):
-            todo.append((job, network, own))
-    return todo
-
-
-def measure(args, job: Job, network: Network, own: argparse.Namespace) -> None:
-    """One measurement; one that fails is noted, and the others go on."""
-    try:
-        job.work(own, network)
-    except Mistake as e:
-        note_failure(args, job, network, str(e))
-    except SystemExit as e:                                            # of a training, which has said why
-        if e.code == run.STOPPED:
-            raise
-        note_failure(args, job, network, f"its training ended with code {e.code}")
-
-
 def draw(args, network: Network, photo: Path, device: torch.device) -> None:
     """Fig. 1 and 6 of one photo, clicked in its middle."""
+    if network.fault:
+        return
     size = dense_size(args, network.vit)
     path = Path(args.out) / f"pictures/prompt_{photo.stem}_{network.weights}_{size}.png"
     if path.exists():
@@ -304,11 +294,7 @@ def draw(args, network: Network, photo: Path, device: torch.device) -> None:
     _, H, W = image.shape
     own = zeroshot.get_args(["--ckpt", network.ckpt, "--image", str(photo), "--size", str(size),
                              "--point", f"{W // 2},{H // 2}"])
-    try:
-        row = zeroshot.picture_row(network.vit, image, device, own)
-    except Mistake as e:                                               # too many tokens
-        say(f"no picture of {photo}, {network.name}: {e}")
-        return
+    row = zeroshot.picture_row(network.vit, image, device, own)
     with checkpoint.whole_file(path) as temporary:
         figure.sheet([(network.name, row)]).save(temporary, "PNG")
 
@@ -332,17 +318,14 @@ def main(args: argparse.Namespace) -> None:
     networks = [open_network(args, ckpt, device) for ckpt in args.ckpt]
     jobs, missing = open_jobs(args, device)
     for network in networks[rank::ranks]:
-        for photo in PHOTOS if not network.fault else ():
+        for photo in PHOTOS:
             draw(args, network, photo, device)
     cells = [(job, network, seed) for job in jobs for network in networks for seed in job.seeds]
-    todo = plan(args, cells[rank::ranks])
-
-    say(f"{len(todo)} of {len(cells)} measurements are to be done here")
-    bar = tqdm(todo, disable=None)
-    for job, network, own in bar:
+    bar = tqdm(cells[rank::ranks], disable=None)
+    for job, network, seed in bar:
         bar.set_description(f"{job.eval}, {network.name}")
-        measure(args, job, network, own)
-        write_report(out, networks, missing)
+        if measure(args, job, network, seed):
+            write_report(out, networks, missing)
     write_report(out, networks, missing)
     say(f"look at {out / 'report.html'}")
 

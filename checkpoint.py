@@ -125,19 +125,14 @@ def load_safetensors(path: Path) -> dict:
 
 
 def restore(path: str | os.PathLike, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
-    """Load (module, state dict) pairs from a training run's file `path`, after comparing all of them.
-
-    Raises Mistake naming a tensor that is missing, unknown or of another shape, before anything changes."""
+    """Load (module, state dict) pairs from a training run's file `path`.  Raises Mistake for a tensor that is
+    missing, unknown or of another shape."""
     for module, state in parts:
-        expected = module.state_dict()
-        for name in {**expected, **state}:
-            here = tuple(expected[name].shape) if name in expected else "nothing"
-            there = tuple(state[name].shape) if name in state else "nothing"
-            if here != there:
-                raise Mistake(f"{path}: holds {there} for {name}, this run has {here}: a run of other sizes; "
-                              "give another --output_dir")
-    for module, state in parts:
-        module.load_state_dict(state)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as e:
+            what = str(e).splitlines()[1].strip()
+            raise Mistake(f"{path}: of a run of other sizes ({what}); give another --output_dir") from e
 
 
 # ------------------------------------------------- the backbone in a file
@@ -181,8 +176,9 @@ def random_backbone(path: str) -> tuple[ViT, str]:
     """An untrained ViT, the same each time, for 'random:ARCH/PATCH'."""
     arch, _, patch = path.removeprefix("random:").partition("/")
     patch = patch or "16"
+    patches = [str(n) for n in range(1, 225) if 224 % n == 0]
     known = [*ARCHS, *ALIASES]
-    if arch not in known or not re.fullmatch("[1-9][0-9]{0,2}", patch) or 224 % int(patch):
+    if arch not in known or patch not in patches:
         raise Mistake(f"{path}: expected random:ARCH or random:ARCH/PATCH, with ARCH one of "
                       f"{', '.join(known)} and a PATCH that divides 224")
     with torch.random.fork_rng(devices=[]):

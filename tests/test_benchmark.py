@@ -72,17 +72,17 @@ def test_everything_is_measured_once(unbroken):
 
 @pytest.mark.slow
 def test_killed_twice_and_resumed_gives_the_same_report(toy, unbroken, tmp_path, monkeypatch):
-    measure = benchmark.measure
+    record = run.record
     done = []
 
-    def killed(*args):
+    def killed(*args, **line):
         if len(done) in (4, 9):
             done.append("killed")
             raise KeyboardInterrupt
         done.append("measured")
-        measure(*args)
+        record(*args, **line)
 
-    monkeypatch.setattr(benchmark, "measure", killed)
+    monkeypatch.setattr(run, "record", killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             benchmark.main(command(toy, tmp_path))
@@ -210,16 +210,18 @@ def test_markdown_and_html_hold_the_same_cells(tmp_path):
     assert "<td>a &amp; b</td><td><b>1.0</b></td><td></td>" in page and "<td><i>c</i></td>" in page
 
 
-def test_a_line_counts_for_the_options_that_made_it():
+def test_a_line_counts_for_the_options_that_made_it(tmp_path):
     job = argparse.Namespace(eval="knn", digest="d")
     network = argparse.Namespace(weights="w")
-    have = [{"eval": "knn", "weights": "w", "data_digest": "d", "protocol": {"size": 112, "temp": 0.07}}]
-    own = argparse.Namespace(size=112, temp=0.07, seed=3)
-    assert benchmark.is_there(have, job, network, own)
+    own = argparse.Namespace(size=112, temp=0.07, seed=3, json=tmp_path / "lines.jsonl")
+    assert not benchmark.is_there(job, network, own)
+    run.append_json(own.json, {"eval": "knn", "weights": "w", "data_digest": "d",
+                               "protocol": {"size": 112, "temp": 0.07}})
+    assert benchmark.is_there(job, network, own)
     for name, value in (("size", 224), ("temp", 0.1)):
         other = argparse.Namespace(**vars(own) | {name: value})
-        assert not benchmark.is_there(have, job, network, other)
-    assert not benchmark.is_there(have, job, argparse.Namespace(weights="v"), own)
+        assert not benchmark.is_there(job, network, other)
+    assert not benchmark.is_there(job, argparse.Namespace(weights="v"), own)
 
 
 def test_lines_are_json(unbroken):
