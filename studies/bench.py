@@ -63,7 +63,8 @@ def peak_mib(form, device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         form()
         return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    status = Path("/proc/self/status")
+    reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
 
@@ -92,10 +93,11 @@ def compare(title: str, forms: dict, args, device: torch.device) -> dict:
     return {name: {"ms": round(1e3 * medians[name], 2), "mib": round(memory[name], 1)} for name in forms}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of an n x n product of random numbers, the best of 10."""
-    n = n or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n ** 3 / min(interleaved({"": lambda: a @ b}, 10, device)[""])
 
 
@@ -160,9 +162,8 @@ class Step:
 
 
 def bench_step(args, device: torch.device, peaks: dict) -> dict:
-    options = f"--arch {args.arch} --global_crops_size {args.crops} --local_crops_number {args.local}"
-    options += f" --batch_size {args.batch_size} --patch_tokens {args.patch_tokens}"
-    options += f" --precision {args.precision}"
+    options = (f"--arch {args.arch} --local_crops_number {args.local} --batch_size {args.batch_size} "
+               f"--precision {args.precision}")
     step = Step(options.split(), device)
     B = args.batch_size
     seconds = statistics.median(interleaved({"": step}, args.rounds, device)[""])
@@ -239,24 +240,30 @@ def dino_crop(size: int, scale: tuple[float, float], blur: float, solarize: floa
     """A crop of DINO's recipe by torchvision's first transforms, on Pillow images, with colour."""
     from torchvision import transforms as T
     return T.Compose([
-        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4)], 0.8), T.RandomGrayscale(0.2),
-        T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], blur), T.RandomSolarize(128, solarize), T.ToTensor(),
-        T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4)], 0.8),
+        T.RandomGrayscale(0.2),
+        T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], blur),
+        T.RandomSolarize(128, solarize),
+        T.ToTensor(),
+        T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])
 
 
 def bench_loader(args, device: torch.device, _peaks) -> dict:
     """What a worker does; where colour is the device's, its share on this one is the last line."""
     options = pretrain.get_args(["--data", "x", "--local_crops_number", "8"])
-    crops, count = pretrain.crops(options), itertools.count()
+    crops = pretrain.crops(options)
+    count = itertools.count()
     v2 = [torchvision_crop(224, (0.25, 1))] * 2 + [torchvision_crop(96, (0.05, 0.25))] * 8
     dino = [dino_crop(224, (0.25, 1), 1.0, 0.0), dino_crop(224, (0.25, 1), 0.1, 0.2)]
     dino += [dino_crop(96, (0.05, 0.25), 0.5, 0.0)] * 8
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(args.image or Path(folder) / "a.jpg")
-        if not args.image:
-            noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((500, 375)).save(path, quality=90)
+        path = Path(folder) / "a.jpg"
+        Image.fromarray(noise).resize((500, 375)).save(path, quality=90)
 
         def ours() -> dict:
             return crops(read_image(path), generator_of(next(count)))
@@ -272,10 +279,14 @@ def bench_loader(args, device: torch.device, _peaks) -> dict:
             image = read_image(path)
             return [crop(image) for crop in v2]
 
-        forms = {"torchvision v2: crops": torchvision_v2, "ours: crops and masks": ours,
-                 "Pillow: crops and colour (DINO)": pillow, "ours: all, two images": with_colour}
+        forms = {
+            "torchvision v2: crops": torchvision_v2,
+            "ours: crops and masks": ours,
+            "Pillow: crops and colour (DINO)": pillow,
+            "ours: all, two images": with_colour,
+        }
         args.rounds *= 5
-        return compare(f"loader, {path.name} to 2 x 224 + 8 x 96", forms, args, device)
+        return compare("loader, a JPEG of 500 x 375 to 2 x 224 + 8 x 96", forms, args, device)
 
 
 def bench_forward(args, device: torch.device, _peaks) -> dict:
@@ -298,8 +309,14 @@ def bench_forward(args, device: torch.device, _peaks) -> dict:
         return compare("ViT-B/16 forward, one image of 480 px", forms, args, device)
 
 
-PARTS = {"step": bench_step, "infonce": bench_infonce, "davis": bench_davis, "knn": bench_knn,
-         "loader": bench_loader, "forward": bench_forward}
+PARTS = {
+    "step": bench_step,
+    "infonce": bench_infonce,
+    "davis": bench_davis,
+    "knn": bench_knn,
+    "loader": bench_loader,
+    "forward": bench_forward,
+}
 
 
 def get_args(argv=None):
@@ -307,10 +324,7 @@ def get_args(argv=None):
     a = p.add_argument
     a("--only", nargs="+", choices=list(PARTS), help="these parts (default: all)")
     a("--arch", default="vit_s", help="vit_micro, vit_t, vit_s, vit_b")
-    a("--crops", type=at_least(1), default=224, help="pixels of a global crop")
     a("--local", type=at_least(0), default=0, help="local crops of 96 pixels")
-    a("--patch_tokens", default="all", choices=["all", "masked"], help="anchors of Eq. (2)")
-    a("--image", help="a JPEG for the loader (default: a generated one of 500 x 375)")
     a("--rounds", type=at_least(1), default=5, help="timed calls of each form")
     a("--threads", type=at_least(1), help="CPU threads (default: torch's own)")
     run.add_shared(p, "batch_size precision device json", batch_size=4)
