@@ -96,28 +96,35 @@ def row_title(line: dict, names: dict[str, str]) -> str:
     return f"{names.get(line['ckpt']) or checkpoint.short_name(line['ckpt'])}, {size} px"
 
 
-def cell_of(lines: list[dict], column: Column) -> tuple[float | None, str]:
-    """The mean over the seeds, and how it is written, with the standard deviation where there are several."""
-    values = [number_at(line["metrics"], column.key) for line in lines]
-    values = [value for value in values if value is not None]
+def spread(values: list[float], digits: int) -> str:
+    """The mean, with the standard deviation where there are several values."""
     if not values:
-        return None, ""
-    text = f"{statistics.mean(values):.{column.digits}f}"
-    if len(values) > 1:
-        text += f" +- {statistics.stdev(values):.{column.digits}f}"
-    return statistics.mean(values), text
+        return ""
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def column_of(column: Column, rows: list[list[dict]]) -> list[str]:
+    """The texts of a column, one for each row, the best in bold."""
+    texts = []
+    means = []
+    for lines in rows:
+        values = [number_at(line["metrics"], column.key) for line in lines]
+        values = [value for value in values if value is not None]
+        texts.append(spread(values, column.digits))
+        means.append(round(statistics.mean(values), column.digits) if values else None)
+    given = [mean for mean in means if mean is not None]
+    if column.best and len(given) > 1:
+        best = column.best(given)
+        texts = [f"**{text}**" if mean == best else text for text, mean in zip(texts, means, strict=True)]
+    return texts
 
 
 def rows_of(table: Table, data_name: str, rows: list[list[dict]], names: dict, mark: Callable) -> list:
-    """Ours, the best in bold, then the paper's in italics, as Markdown."""
-    out = [[row_title(lines[-1], names) + mark(lines[-1])] for lines in rows]
-    for column in table.columns:
-        cells = [cell_of(lines, column) for lines in rows]
-        values = [round(value, column.digits) for value, _ in cells if value is not None]
-        best = column.best(values) if column.best and len(values) > 1 else None
-        for row, (value, text) in zip(out, cells, strict=True):
-            is_best = value is not None and best == round(value, column.digits)
-            row.append(f"**{text}**" if is_best else text)
+    """Ours, then the paper's in italics, as Markdown."""
+    titles = [row_title(lines[-1], names) + mark(lines[-1]) for lines in rows]
+    columns = [column_of(column, rows) for column in table.columns]
+    out = [list(cells) for cells in zip(titles, *columns, strict=True)]
     for key, paper in table.paper.items():
         for name, numbers in paper.items() if key in data_name else ():
             texts = [numbers.get(column.head) for column in table.columns]

@@ -28,6 +28,7 @@ import finetune
 import pretrain
 import run
 import zeroshot
+from report import markdown, spread
 
 FINETUNE = "--epochs 10 --warmup_epochs 1 --lr 2e-3 --augment none --mixup 0 --cutmix 0"
 
@@ -139,32 +140,25 @@ def by_variant(rows: list[dict], study: str) -> dict[str, list[dict]]:
 def cell(rows: list[dict], key: str) -> str:
     """'mean +- standard deviation' over the lines, the value alone if one has it, and nothing if none has."""
     values = [row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    digits = 3 if mean < 1.5 else 1 if mean < 1000 else 0              # the overlap O is a share of 1
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{deviation}"
+    mean = statistics.mean(values) if values else 0
+    return spread(values, 3 if mean < 1.5 else 1 if mean < 1000 else 0)              # O is a share of 1
 
 
 def table(rows: list[dict], study: str) -> str:
     """Markdown: the networks before training, one per seed, then a line per variant, with mean and standard
     deviation over the seeds, beside the paper's figures.  Only columns that some line has."""
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    head = ["rec cls pat" if study == "table4" else "variant", "seeds", *[COLUMNS[key] for key in keys]]
+    heads = ["rec cls pat" if study == "table4" else "variant", "seeds", *[COLUMNS[key] for key in keys]]
     seeds = {row["seed"]: row for row in rows}                         # all variants begin with the same ViT
     before = [cell(list(seeds.values()), f"{key}_untrained") for key in keys]
-    body = [["untrained", str(len(seeds)), *before]]
+    lines = [["untrained", str(len(seeds)), *before]]
     for name, mine in by_variant(rows, study).items():
-        body.append([name, str(len(mine)), *[cell(mine, key) for key in keys]])
-
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, *body]]
+        lines.append([name, str(len(mine)), *[cell(mine, key) for key in keys]])
     if study == "table4":
-        paper = [f" *{PAPER[name]}* |" for name, *_ in body[1:]]
-        paper = [" *paper: CLS / PAT / fine-tuned* |", " |", *paper]
-        lines = [line + theirs for line, theirs in zip(lines, paper, strict=True)]
-    lines.insert(1, "|" + "---|" * (lines[0].count("|") - 1))
-    return "\n".join(lines) + "\n"
+        heads.append("*paper: CLS / PAT / fine-tuned*")
+        for line in lines:
+            line.append(f"*{PAPER[line[0]]}*" if line[0] in PAPER else "")
+    return markdown(heads, lines)
 
 
 def mean_curve(rows: list[dict], column: int) -> list[tuple[float, float]]:

@@ -50,7 +50,7 @@ def test_table_by_hand():
     assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | "
                         "*paper: CLS / PAT / fine-tuned* |")
     assert lines[1] == "|---|---|---|---|---|---|"
-    assert lines[2] == "| untrained | 2 | 9.5 +- 0.7 |  |  | |"                     # once per seed
+    assert lines[2] == "| untrained | 2 | 9.5 +- 0.7 |  |  |  |"                    # once per seed
     assert lines[3] == "| 111 | 2 | 31.0 +- 1.4 | 62.0 +- 2.8 | 0.500 +- 0.000 | *77.5 / 77.0 / 91.0* |"
     assert lines[4] == "| 100 | 1 | 11.0 | 22.0 | 0.500 | *17.2 / 14.7 / 89.9* |"
 
