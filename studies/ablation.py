@@ -78,9 +78,12 @@ def call(script, *options) -> None:
 
 def settings_of(name: str, args: argparse.Namespace) -> dict:
     """The options of a variant's pretraining, and those of the evaluations that are asked for."""
-    zeroshot = args.zeroshot_options if args.coco or args.voc else None
-    finetune = [args.finetune, args.finetune_options] if args.finetune else None
-    evaluation = {"coco": args.coco, "voc": args.voc, "zeroshot": zeroshot, "finetune": finetune}
+    evaluation = {
+        "coco": args.coco,
+        "voc": args.voc,
+        "zeroshot": args.zeroshot_options if args.coco or args.voc else None,
+        "finetune": [args.finetune, args.finetune_options] if args.finetune else None,
+    }
     return {"options": args.pretrain + STUDIES[args.study][name].split(), "evaluation": evaluation}
 
 

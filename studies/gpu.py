@@ -3,7 +3,7 @@
     python -m studies.gpu --data imagenette --minutes 12 --out out/gpu
     python -m studies.gpu --data imagenette --minutes 3 --out out/gpu --small          # to try it on a CPU
 
-Writes to --out: gpu.json (everything), table.md, and of each pretraining backbone0.pth (float16), log0.jsonl.
+Writes to --out: gpu.json (everything), table.md, and of the pretraining backbone0.pth (float16), log0.jsonl.
 Steps: (a) pytest tests/test_cuda.py; (b) images/s of training steps, beside the share of the peak that a
 plain bf16 matmul reaches in the same minute, memory, and what the loader gives with all cores; (c) with the
 rest of the time, pretraining at 112 px on --data, with k-NN as it goes.  Each step has its share of the time,
@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -105,7 +104,8 @@ def loader_speed(folder: str, local: int, workers: int, seconds: float) -> dict:
                              worker_init_fn=init_worker, prefetch_factor=4))
     for _ in range(workers + 1):                                       # all of them at work
         next(loader)
-    start, n = time.time(), 0
+    start = time.time()
+    n = 0
     while time.time() - start < seconds:
         n += len(next(loader)["index"])
     return {"images_per_s": round(n / (time.time() - start), 1), "workers": workers, "files": images.about,
@@ -145,27 +145,16 @@ def pretrain_until(options: list[str], folder: Path, until: float, every: int = 
             "evaluations": evaluations}
 
 
-def pretrain_all(args, out: Path, until: float, workers: int) -> list[dict]:
-    """(c) All recipes at once: small networks leave most of a GPU idle.  Of each the weights in float16."""
-    recipes = [SMALL] if args.small else args.recipe
-    found = {}
-
-    def one(i: int) -> None:
-        folder = out / f"recipe{i}"
-        options = ["--data", args.data, "--num_workers", str(max(1, workers // len(recipes) - 1))]
-        found[i] = pretrain_until([*options, *recipes[i].split()], folder, until)
-        weights = folder / "run" / "backbone.pth"
-        content = checkpoint.load(weights)
-        content["backbone"] = {name: value.half() for name, value in content["backbone"].items()}
-        checkpoint.save(out / f"backbone{i}.pth", content)
-        shutil.copyfile(folder / "run" / "log.jsonl", out / f"log{i}.jsonl")
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(recipes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found.get(i, {"error": "see the output"}) for i in range(len(recipes))]
+def pretrain_recipe(args, out: Path, until: float, workers: int) -> list[dict]:
+    """(c) The recipe, and its weights in float16."""
+    recipe = SMALL if args.small else args.recipe
+    options = ["--data", args.data, "--num_workers", str(max(1, workers - 1)), *recipe.split()]
+    found = pretrain_until(options, out / "recipe0", until)
+    content = checkpoint.load(out / "recipe0/run/backbone.pth")
+    content["backbone"] = {name: value.half() for name, value in content["backbone"].items()}
+    checkpoint.save(out / "backbone0.pth", content)
+    shutil.copyfile(out / "recipe0/run/log.jsonl", out / "log0.jsonl")
+    return [found]
 
 
 def table(found: dict) -> str:
@@ -197,8 +186,7 @@ def get_args(argv=None):
     a("--minutes", type=above(0.0), default=12.0, help="time for everything")
     a("--tests", type=at_least(0.0), default=1.5, help="minutes of it for the tests at most; 0 skips them")
     a("--table", type=at_least(0.0), default=4.0, help="minutes of it for the table at most; 0 skips it")
-    a("--recipe", nargs="*", default=[RECIPE], help="options of pretrain.py, a string for each pretraining; "
-      "they run at the same time; none skips it")
+    a("--recipe", default=RECIPE, help="options of pretrain.py, one string; an empty one skips it")
     a("--small", action="store_true", help="small networks, to try this on a CPU")
     a("--out", required=True, metavar="DIR", help="folder to write to")
     run.add_shared(p, "device")
@@ -206,7 +194,8 @@ def get_args(argv=None):
 
 
 def main(args) -> None:
-    began, device = time.time(), run.begin(args)
+    began = time.time()
+    device = run.begin(args)
     end = began + 60 * args.minutes
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +226,7 @@ def main(args) -> None:
         seconds = 2 if args.small else 6
         note("loader", lambda: [loader_speed(photos, local, workers, seconds) for local in (0, 10)])
     if args.recipe or args.small:
-        note("pretraining", lambda: pretrain_all(args, out, end, workers))
+        note("pretraining", lambda: pretrain_recipe(args, out, end, workers))
     print((out / "table.md").read_text())
 
 

@@ -94,6 +94,10 @@ def test_killed_twice_and_resumed_gives_the_same_report(toy, unbroken, tmp_path,
         assert (tmp_path / name).read_text() == (unbroken / name).read_text()
     benchmark.main(command(toy, tmp_path))
     assert done.count("measured") == len(lines_of(unbroken)), "a finished run measures nothing"
+    lost = next(tmp_path.glob("pictures/similarity_*"))
+    lost.unlink()                                              # killed between a line and its picture
+    benchmark.main(command(toy, tmp_path))
+    assert lost.exists() and (tmp_path / "report.md").read_text() == (unbroken / "report.md").read_text()
 
 
 @pytest.mark.slow
