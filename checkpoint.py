@@ -26,7 +26,12 @@ from distributed import is_main, say
 from model import ALIASES, ARCHS, ViT, vit
 from run import Mistake
 
-EXPORTS = (".pth", ".safetensors", ".pt2", ".onnx")
+EXPORTS = {                                    # the packages that each format needs
+    ".pth": "",
+    ".safetensors": "safetensors",
+    ".pt2": "",
+    ".onnx": "onnx onnxscript",
+}
 
 
 # ------------------------------------------------- files
@@ -240,9 +245,8 @@ def get_args(argv=None):
         raise Mistake(f"--to {args.to}: expected a name that ends in {', '.join(EXPORTS)}")
     if args.half and not args.to:
         raise Mistake("--half has no effect without --to")
-    needed = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript"]}.get(kind, [])
-    if not all(importlib.util.find_spec(name) for name in needed):
-        raise Mistake(f"--to {args.to}: to write this format: pip install {' '.join(needed)}")
+    if not all(importlib.util.find_spec(name) for name in EXPORTS[kind].split()):
+        raise Mistake(f"--to {args.to}: to write this format: pip install {EXPORTS[kind]}")
     run.check_outputs(args, "to")
     return args
 
