@@ -383,7 +383,7 @@ def test_it_learns_resumes_exactly_and_reports(world, tmp_path, capsys, monkeypa
     assert all(torch.equal(v, cut["head"][k]) for k, v in whole["head"].items())
     with pytest.raises(Mistake, match="--lr 0.03 -> 0.2"):
         run_probe(world, tmp_path / "cut", "--lr", "0.2")
-    with pytest.raises(Mistake, match=r"holds .* for conv\."):           # before anything is written
+    with pytest.raises(Mistake, match=r"size mismatch for conv\."):           # before anything is written
         run_probe(world, tmp_path / "cut", "--num_classes", "4", "--force")
     assert torch.load(tmp_path / "cut/last.pth", weights_only=True)["options"]["num_classes"] == 3
 
