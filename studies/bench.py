@@ -186,7 +186,8 @@ def bench_infonce(args, device: torch.device, _peaks) -> dict:
     from tests.plain_forms import plain_patch_contrast
     g = torch.Generator().manual_seed(0)
     B, N, C = 2 * args.batch_size, 196, 256
-    q, k = (torch.randn(B, N, C, generator=g).to(device) for _ in range(2))
+    q = torch.randn(B, N, C, generator=g).to(device)
+    k = torch.randn(B, N, C, generator=g).to(device)
 
     def gradient_of(form) -> tuple[float, Tensor]:
         x = q.clone().requires_grad_()
@@ -194,9 +195,12 @@ def bench_infonce(args, device: torch.device, _peaks) -> dict:
         loss.backward()
         return loss.item(), x.grad
 
-    forms = {"plain": lambda: gradient_of(lambda x: plain_patch_contrast(x.flatten(0, 1), k, 0.2)),
-             "ours": lambda: gradient_of(lambda x: patch_contrast(x.flatten(0, 1), k, 0.2))}
-    (plain, plain_gradient), (ours, gradient) = (form() for form in forms.values())
+    forms = {
+        "plain": lambda: gradient_of(lambda x: plain_patch_contrast(x.flatten(0, 1), k, 0.2)),
+        "ours": lambda: gradient_of(lambda x: patch_contrast(x.flatten(0, 1), k, 0.2)),
+    }
+    plain, plain_gradient = forms["plain"]()
+    ours, gradient = forms["ours"]()
     assert abs(plain - ours) < 1e-4 and (plain_gradient - gradient).abs().max() < 1e-6
     return compare(f"patch InfoNCE, B {B}, N {N}, C {C}, forward and backward", forms, args, device)
 
@@ -208,23 +212,26 @@ def bench_davis(args, device: torch.device, _peaks) -> dict:
     query = F.normalize(torch.randn(52, 30, 384, generator=g), dim=-1).to(device)
     keys = F.normalize(torch.randn(8, 52, 30, 384, generator=g), dim=-1).to(device)
     labels = torch.rand(8, 52, 30, 3, generator=g).to(device)
-    forms = {"plain": lambda: plain_propagation(query, keys, labels),
-             "ours": lambda: davis.propagate(query, keys, labels)}
-    plain, ours = (form() for form in forms.values())
-    assert (plain - ours).abs().max() < 1e-5
+    forms = {
+        "plain": lambda: plain_propagation(query, keys, labels),
+        "ours": lambda: davis.propagate(query, keys, labels),
+    }
+    assert (forms["plain"]() - forms["ours"]()).abs().max() < 1e-5
     return compare("DAVIS propagation of a 480p frame, 8 context frames, D 384", forms, args, device)
 
 
 def bench_knn(args, device: torch.device, _peaks) -> dict:
-    import probes
+    from knn import knn_predict
     from tests.plain_forms import plain_knn
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(1000, (50_000,), generator=g).to(device)
-    train, test = (F.normalize(torch.randn(n, 384, generator=g), dim=1).to(device) for n in (50_000, 1_000))
-    forms = {"plain": lambda: plain_knn(train, labels, test, 20),
-             "ours": lambda: probes.knn_predict(train, labels, test, [20])[0]}
-    plain, ours = (form() for form in forms.values())
-    assert torch.equal(plain, ours)
+    train = F.normalize(torch.randn(50_000, 384, generator=g), dim=1).to(device)
+    test = F.normalize(torch.randn(1_000, 384, generator=g), dim=1).to(device)
+    forms = {
+        "plain": lambda: plain_knn(train, labels, test, 20),
+        "ours": lambda: knn_predict(train, labels, test, [20])[0],
+    }
+    assert torch.equal(forms["plain"](), forms["ours"]())
     return compare("k-NN, 50,000 train, 1,000 test, D 384, k 20", forms, args, device)
 
 

@@ -59,7 +59,9 @@ def main(args) -> None:
     networks = [checkpoint.load_backbone(ckpt)[0] for ckpt in args.ckpt]
     rows = []
     for name, vit in zip(args.names, networks, strict=True):
-        panels = [panel for path, point in CLICKS.items() for panel in panels_of(vit, path, point)]
+        panels = []
+        for path, point in CLICKS.items():
+            panels += panels_of(vit, path, point)
         rows.append(figure.draw_row(name, panels, WIDTH))
     bar = figure.colour_bar(0, 1, 2 * WIDTH)
     foot = figure.paper(rows[0].width, bar.height + 12)
