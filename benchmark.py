@@ -12,10 +12,11 @@ why.  The ranks of torchrun do not wait for each other; the last to end has writ
 
 Networks of other patch sizes: --grid 30 compares all at 30x30 tokens, --size 480 at 480 pixels (the paper).
 --also changes the options of one script: --also linseg "--iters 300 --lr 3e-3".
-Cost: that of the networks; --quick is made for 10 minutes on two CPU cores."""
+Cost: that of the networks, said before the work begins; --quick is made for 10 minutes on two CPU cores."""
 import argparse
 import os
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -79,13 +80,14 @@ class Job(NamedTuple):
     """An evaluation on a set of images, for any network.
 
     options: (network, seed) -> the options of its script.  work: (options, network), appends a line to the
-    options' json."""
+    options' json.  cost: options -> how many images go through the network, and their side in pixels."""
     eval: str
     data: str
     digest: str
     seeds: list[int]
     options: Callable
     work: Callable
+    cost: Callable
 
 
 def parse(args, eval: str, ckpt: str, seed: int, *words) -> argparse.Namespace:
@@ -123,7 +125,8 @@ def prompt_job(args, option: str, device: torch.device) -> Job:
 
     scenes = zeroshot.open_scenes(parse(args, "zeroshot", "-", 0, f"--{option}", folder))
     return Job("zeroshot", scenes.title, data.digest(scenes), args.seeds, options,
-               lambda own, network: zeroshot.table_main(own, [network.vit], device))
+               lambda own, network: zeroshot.table_main(own, [network.vit], device),
+               lambda own: (len(scenes), own.size))
 
 
 def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
@@ -144,8 +147,12 @@ def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
         size = crop_size(network.vit.patch_size, own.size)
         probes.evaluate(own, network.ckpt, network.vit, sources, size, device)
 
+    def cost(own):
+        images = 2 * own.limit * own.views if probe == "variance" else sum(map(len, sources))
+        return images, own.size
+
     digest = "-".join(data.digest(images) for images in sources)
-    return Job(probe, folder, digest, [0] if probe == "knn" else args.seeds, options, work)
+    return Job(probe, folder, digest, [0] if probe == "knn" else args.seeds, options, work, cost)
 
 
 def few_of_each(images, n: int) -> data.Subset:
@@ -174,8 +181,10 @@ def davis_job(args, folder: str) -> Job:
                      "--output_dir", Path(args.out) / f"davis/{network.weights}_{size}")
 
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}
+    frames = sum(len(clip.frames) for clip in clips)
     return Job("davis", folder, checkpoint.digest(first_masks), [0], options,
-               lambda own, network: davis.main(own))
+               lambda own, network: davis.main(own),
+               lambda own: (2 * frames, own.size))                     # wide frames, and the propagation
 
 
 def linseg_job(args, folder: str, device: torch.device) -> Job:
@@ -195,7 +204,8 @@ def linseg_job(args, folder: str, device: torch.device) -> Job:
 
     digest = f"{data.digest(train)}-{data.digest(val)}"
     return Job("linseg", folder, digest, args.seeds, options,
-               lambda own, network: linseg.run_one(own, network.vit, train, val, device))
+               lambda own, network: linseg.run_one(own, network.vit, train, val, device),
+               lambda own: (own.iters * own.batch_size + 4 * len(val), own.crop))
 
 
 def retrieval_job(args, folder: str) -> Job:
@@ -205,8 +215,10 @@ def retrieval_job(args, folder: str) -> Job:
         own.scales = [1, 2 ** -0.5, 0.5] if own.multi_scale else [1]
         return own
 
-    return Job("retrieval", folder, data.digest(retrieval.Revisited(folder)), [0], options,
-               lambda own, network: retrieval.main(own))
+    images = retrieval.Revisited(folder)
+    return Job("retrieval", folder, data.digest(images), [0], options,
+               lambda own, network: retrieval.main(own),
+               lambda own: (len(images) * len(own.scales), own.imsize))
 
 
 def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
@@ -257,15 +269,34 @@ def is_there(job: Job, network: Network, own: argparse.Namespace) -> bool:
     return False
 
 
-def measure(args, job: Job, network: Network, seed: int) -> bool:
-    """One measurement, unless it is there.  One that fails is noted, and the others go on."""
+def planned(args, job: Job, network: Network, seed: int) -> argparse.Namespace | None:
+    """The options of a measurement that is still to be made; None for one that is there, or cannot be made,
+    which is noted."""
     try:
         if network.fault:
             raise Mistake(network.fault)
         own = job.options(network, seed)
-        drawn = Path(getattr(own, "similarity", own.json)).exists()   # a picture is written after its line
-        if drawn and is_there(job, network, own):
-            return False
+    except Mistake as e:
+        note_failure(args, job, network, str(e))
+        return None
+    drawn = Path(getattr(own, "similarity", own.json)).exists()        # a picture is written after its line
+    return None if drawn and is_there(job, network, own) else own
+
+
+def seconds_of(network: Network, images: int, side: int, device: torch.device) -> float:
+    """About how long that many images will take, from one that is timed."""
+    side = zeroshot.working_size(side, network.vit.patch_size)
+    x = torch.zeros(1, 3, side, side, device=device)
+    for _ in range(2):                                                 # the first one warms up
+        start = time.perf_counter()
+        network.vit(x).sum().item()
+        seconds = time.perf_counter() - start
+    return images * seconds
+
+
+def measure(args, job: Job, network: Network, own: argparse.Namespace) -> None:
+    """One measurement.  One that fails is noted, and the others go on."""
+    try:
         job.work(own, network)
     except Mistake as e:
         note_failure(args, job, network, str(e))
@@ -273,7 +304,6 @@ def measure(args, job: Job, network: Network, seed: int) -> bool:
         if e.code == run.STOPPED:
             raise
         note_failure(args, job, network, f"its training ended with code {e.code}")
-    return True
 
 
 def note_failure(args, job: Job, network: Network, why: str) -> None:
@@ -314,11 +344,20 @@ def main(args: argparse.Namespace) -> None:
         for photo in PHOTOS if not network.fault else ():
             draw(args, network, photo, device)
     cells = [(job, network, seed) for job in jobs for network in networks for seed in job.seeds]
-    bar = tqdm(cells[rank::ranks], disable=None)
-    for job, network, seed in bar:
+    todo = []
+    for job, network, seed in cells[rank::ranks]:
+        own = planned(args, job, network, seed)
+        if own:
+            todo.append((job, network, own, seconds_of(network, *job.cost(own), device)))
+    total = sum(seconds for *_, seconds in todo)
+    say(f"{len(todo)} measurements to make, of {len(cells)}: about {total / 60:.0f} minutes")
+
+    bar = tqdm(total=round(total), unit="s", disable=None)
+    for job, network, own, seconds in todo:
         bar.set_description(f"{job.eval}, {network.name}")
-        if measure(args, job, network, seed):
-            write_report(out, networks, missing)
+        measure(args, job, network, own)
+        bar.update(round(seconds))
+        write_report(out, networks, missing)
     write_report(out, networks, missing)
     say(f"look at {out / 'report.html'}")
 

@@ -70,8 +70,7 @@ def load(path: str | os.PathLike) -> dict:
     run anything else."""
     path = Path(path)
     if not path.is_file():
-        folder = ", but a folder: give a file in it" if path.is_dir() else ""
-        raise Mistake(f"{path}: no such checkpoint file{folder}")
+        raise Mistake(f"{path}: no such checkpoint file{folder_hint(path)}")
     try:
         file = open(path, "rb")
     except OSError as e:
@@ -88,6 +87,15 @@ def load(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise Mistake(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
+
+
+def folder_hint(path: Path) -> str:
+    if not path.is_dir():
+        return ""
+    if list(path.glob("*.distcp")):
+        return (", but a folder of shards: join them with "
+                f"'python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} joined.pth'")
+    return ", but a folder: give a file in it"
 
 
 def allowed_globals() -> list:
@@ -258,6 +266,8 @@ def main(args) -> None:
     if args.to:
         if args.half:
             model.half()
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise Mistake(f"--half: {args.file} has weights beyond the range of float16")
         export(model, args.to, content.get("step", 0))
         say(f"{args.to}: written, {Path(args.to).stat().st_size / 1e6:.1f} MB")
 

@@ -163,7 +163,7 @@ class Step:
 
 def bench_step(args, device: torch.device, peaks: dict) -> dict:
     options = (f"--arch {args.arch} --local_crops_number {args.local} --batch_size {args.batch_size} "
-               f"--precision {args.precision}")
+               f"--precision {args.precision} --patch_tokens {args.patch_tokens}")
     step = Step(options.split(), device)
     B = args.batch_size
     seconds = statistics.median(interleaved({"": step}, args.rounds, device)[""])
@@ -331,6 +331,7 @@ def get_args(argv=None):
     a = p.add_argument
     a("--only", nargs="+", choices=list(PARTS), help="these parts (default: all)")
     a("--arch", default="vit_s", help="vit_micro, vit_t, vit_s, vit_b")
+    a("--patch_tokens", default="all", choices=["all", "masked"], help="anchors of Eq. (2)")
     a("--local", type=at_least(0), default=0, help="local crops of 96 pixels")
     a("--rounds", type=at_least(1), default=5, help="timed calls of each form")
     a("--threads", type=at_least(1), help="CPU threads (default: torch's own)")

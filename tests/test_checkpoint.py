@@ -7,6 +7,8 @@ import collections
 import errno
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -153,6 +155,18 @@ def test_a_file_of_somebody_else_is_named(tmp_path, monkeypatch):
 def test_a_folder_is_named_as_what_it_is(tmp_path):
     with pytest.raises(Mistake, match="no such checkpoint file, but a folder: give a file in it"):
         load(tmp_path)
+
+
+@pytest.mark.slow
+def test_shards_of_torch_load_after_the_line_that_joins_them(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    dcp.save({"model": {"a": WEIGHTS["a"]}}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    with pytest.raises(Mistake, match="join them with") as e:
+        load(tmp_path / "shards")
+    command = str(e.value).split("'")[1].split()
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:-1], tmp_path / "joined.pth"], check=True, cwd=tmp_path)
+    assert torch.equal(load(tmp_path / "joined.pth")["model"]["a"], WEIGHTS["a"])
 
 
 def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_hub_opens_the_file_beside_it_or_says_that_it_is_not_there(ours, monkeyp
         hub["mmc_mini"]()
     path.rename(path.parent / "mmc.pth")
     assert torch.equal(hub["mmc_mini"]()(IMAGES), network(IMAGES))
-    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_mini"]
+    assert [k for k, v in hub.items() if callable(v) and k[0] != "_"] == ["load", "mmc_mini", "mmc_micro"]
     assert all(importlib.util.find_spec(name) for name in hub["dependencies"])
 
 
@@ -147,3 +147,12 @@ def test_mistakes_are_seen_before_the_work(ours, tmp_path, monkeypatch):
         get_args([str(path), "--to", "out.onnx"])
     with pytest.raises(Mistake, match="pip install safetensors"):
         get_args([str(path), "--to", "out.safetensors"])
+
+
+def test_weights_that_float16_cannot_hold_are_refused(ours, tmp_path):
+    path, network = ours
+    network.cls_token[0, 0, 0] = 1e6
+    checkpoint.save(path, {"arch": network.config, "backbone": network.state_dict()})
+    with pytest.raises(Mistake, match="beyond the range of float16"):
+        export(path, tmp_path / "out.pth", "--half")
+    assert not (tmp_path / "out.pth").exists()
