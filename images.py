@@ -18,6 +18,7 @@ from run import Mistake
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
+ROOM = 256 / 224                               # short side of an image before the crop, in sides of the crop
 MAX_PIXELS = 178_956_970                       # Pillow's own limit for a decompression bomb
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26        # drawing programs write long texts into their files
 
@@ -88,8 +89,11 @@ def resize_short(image: Tensor, short: int, mode: str = "bicubic") -> Tensor:
     return resize(image, [max(1, round(side * scale)) for side in image.shape[1:]], mode)
 
 
-def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size): short side to `short`, then the centre."""
+def centre_crop(image: Tensor, size: int, short: int | None = None) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size): short side to `short`, then the centre.  The short side is
+    256 pixels for a crop of 224, as evaluations see an image, and in this ratio for other sizes."""
+    if short is None:
+        short = round(size * ROOM)
     H, W = image.shape[1:]
     longest = 4 * min(H, W)                    # a strip is cut first, or millions of its pixels were resized
     top, left = max(0, H - longest) // 2, max(0, W - longest) // 2
