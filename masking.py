@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from images import normalize, to_device
+from images import normalize, resize, to_device
 from model import patchify
 
 BLOCKS_DRAWN = 256             # per view; 75 % of the area takes about 82 blocks of up to 0.3 of the side
@@ -114,14 +113,12 @@ def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
     return top, left, h, w
 
 
-def random_resized_crop(
-    image: Tensor, size: int, scale: Range, flip: float, g: Generator
-) -> Tensor:
+def random_resized_crop(image: Tensor, size: int, scale: Range, flip: float, g: Generator) -> Tensor:
     """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic interpolation,
     mirrored with probability `flip`."""
     top, left, h, w = crop_box(*image.shape[1:], scale, g)
-    crop = image[None, :, top:top + h, left:left + w]
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    crop = image[:, top:top + h, left:left + w]
+    crop = resize(crop, (size, size))
     if torch.rand((), generator=g) < flip:
         crop = crop.flip(-1)
     return crop
@@ -155,16 +152,13 @@ class MultiCrop:
 
     def __call__(self, image: Tensor, g: Generator) -> dict:
         a = self.augmentation
-        views = []
-        for _ in range(2):
-            views.append(random_resized_crop(image, a.global_size, a.global_scale, a.flip, g))
-        local = []
-        for _ in range(a.local_number):
-            local.append(random_resized_crop(image, a.local_size, a.local_scale, a.flip, g))
-
-        out = {"views": torch.stack(views), "colours": self.draw_colours(g)}
+        crop = partial(random_resized_crop, image, flip=a.flip, g=g)
+        views = [crop(a.global_size, a.global_scale) for _ in range(2)]
+        local = [crop(a.local_size, a.local_scale) for _ in range(a.local_number)]
+        out = {"views": torch.stack(views)}
         if local:
             out["local"] = torch.stack(local)
+        out["colours"] = self.draw_colours(g)
         out["corruption"] = self.draw_corruption(g)
         if self.patch_size:
             share = corrupted_share(out["corruption"].mask, self.patch_size)
@@ -277,7 +271,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0 ... 1 -> (B, 3, H, W), the luma in all three channels."""
+    """The luma in all three channels, (B, 3, H, W)."""
     return luma(x).expand_as(x)
 
 
@@ -354,8 +348,7 @@ def blur_matrix(sigma: Tensor, n: int, radius: int) -> Tensor:
 
     row = torch.arange(n, device=sigma.device)
     source = (row[:, None] + offset).abs()                             # (n, 2*radius+1)
-    reflected = 2 * (n - 1) - source
-    source = torch.where(source >= n, reflected, source)
+    source = n - 1 - (n - 1 - source).abs()                            # reflected at both ends
     source = source.expand(B, -1, -1)
     weights = weights[:, None].expand_as(source)
     matrix = sigma.new_zeros(B, n, n)
