@@ -164,7 +164,8 @@ def pil_to_tensor(image: Image.Image, upright: bool = True, name: str = "image")
         image = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).round().astype(np.uint8))
     if image.mode == "P":                      # a palette may carry transparency
         image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    pixels = np.array(image.convert("RGB"))        # (H, W, 3), and so it stays in memory: crops are faster
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_numbers(path: str | os.PathLike) -> np.ndarray:
