@@ -116,7 +116,8 @@ def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
 def random_resized_crop(image: Tensor, size: int, scale: Range, flip: float, g: Generator) -> Tensor:
     """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic interpolation,
     mirrored with probability `flip`."""
-    top, left, h, w = crop_box(*image.shape[1:], scale, g)
+    H, W = image.shape[1:]
+    top, left, h, w = crop_box(H, W, scale, g)
     crop = image[:, top:top + h, left:left + w]
     crop = resize(crop, (size, size))
     if torch.rand((), generator=g) < flip:
@@ -172,7 +173,8 @@ class MultiCrop:
         crops = 2 + a.local_number
         kind = torch.tensor([0, 1] + [2] * a.local_number)             # view 1, view 2, local
         r = torch.rand(crops, 12, generator=g)
-        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = r.split([4, 1, 1, 1, 1, 4], dim=1)
+        columns = r.split([4, 1, 1, 1, 1, 4], dim=1)
+        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = columns
         r_grey = torch.rand(crops, generator=g)
 
         factors = 1 + (2 * r_factors - 1) * torch.tensor(a.jitter)
@@ -262,17 +264,12 @@ def corrupted_share(mask: Tensor, p: int) -> Tensor:
 # ---- colour, on the device ----
 # Each op is that of torchvision.transforms.functional with the same name, with a factor (B,) for each image.
 def luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W)."""
+    """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W), the grey that has the same brightness."""
     red, green, blue = x.unbind(1)
     y = red * GREY[0]
     y.add_(green, alpha=GREY[1])
     y.add_(blue, alpha=GREY[2])
     return y[:, None]
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """The luma in all three channels, (B, 3, H, W)."""
-    return luma(x).expand_as(x)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -282,12 +279,12 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = luma(x).mean((1, 2, 3), keepdim=True)
-    x = torch.lerp(mean.expand_as(x), x, factor.view(-1, 1, 1, 1))
+    x = torch.lerp(mean, x, factor.view(-1, 1, 1, 1))
     return x.clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    x = torch.lerp(grayscale(x), x, factor.view(-1, 1, 1, 1))
+    x = torch.lerp(luma(x), x, factor.view(-1, 1, 1, 1))
     return x.clamp_(0, 1)
 
 
@@ -382,7 +379,7 @@ def colour(x: Tensor, colours: Colours) -> Tensor:
             changes = colours.factors[:, i] != NEUTRAL[i]
             its_turn = colours.order[:, place] == i
             apply_to(x, changes & its_turn, adjust, factors[:, i])
-    apply_to(x, colours.grey, grayscale)
+    apply_to(x, colours.grey, luma)
     radius = int(blur_radius(colours.sigma).max())
     apply_to(x, colours.sigma > 0, partial(gaussian_blur, radius=radius), sigma)
     apply_to(x, colours.solarize, solarize)

@@ -432,9 +432,7 @@ def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
 def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
     """One value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
     The first value is not 0.  Of a warm-up longer than the run, the run sees the beginning."""
-    values = []
-    for i in range(min(warmup, steps)):
-        values.append(base * (i + 1) / warmup)
+    values = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
     left = steps - len(values)
     for i in range(left):
         cosine = math.cos(math.pi * i / max(left - 1, 1))
