@@ -423,7 +423,7 @@ class Batches:
             if step == first or of_epoch == 0:
                 self.items[:] = self.share(epoch, of_epoch)
                 loader = iter(self.loader)
-                if hasattr(signal, "SIGCHLD"):         # that a worker died is found out by `next_batch`
+                if hasattr(signal, "SIGCHLD"):         # or torch raises anywhere; `next_batch` sees who died
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield step, [next_batch(loader) for _ in range(self.accum)]
 
