@@ -3,25 +3,28 @@
     --data DIR   any folder: flat or nested, with class folders or not; DIR/train and DIR/val where they exist
     --data toy   the generated world of toy.py
     --data pets  cifar10, cifar100, stl10, flowers102, pets, cars, aircraft, through torchvision (--download)
-    python data.py DIR    what is there, and which commands can run on it (inspect_data.py)
+    python data.py DIR    what is there, and which commands can run on it (studies/inspect_data.py)
 
 An image source has `len()`, `read(i)` -> (3, H, W) uint8, `name(i)`, `labels` (or None), `classes`, and
-`about`, a line on what it holds.  Everything random about a training image comes from a generator of its own,
-seeded by (seed, epoch, index), so that no worker, rank or batch changes it."""
+`about`, a line on what it holds.  Everything random about a training image comes from a generator seeded by
+(seed, epoch, index), so that no worker, rank or batch changes it."""
 import hashlib
 import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import distributed
-from images import EXTENSIONS, BadImage, centre_crop, pil_to_tensor, read_image
+from images import EXTENSIONS, BadImage, centre_crop, decoding, pil_to_tensor, read_image
 from run import Mistake, script
 from toy import CLASSES, Scene, scene
 
@@ -49,23 +52,24 @@ def evenly(n: int, total: int) -> list[int]:
 
 
 # ------------------------------------------------- sources
-def walk(root: str | os.PathLike, left_out: Counter, only: set[str] | None = None) -> Iterator[str]:
+def walk(root: str | os.PathLike, left_out: Counter, only: Container[str] | None = None) -> Iterator[str]:
     """Paths of all images below a folder, unsorted: the one walk of every script.
 
     Names that begin with a dot are no data.  A folder to which links lead is entered once.  What is no image
     is counted in `left_out` by suffix.  only: the folders to enter at the top.  Raises Mistake."""
-    waiting, seen = [str(root)], set()
+    waiting = [str(root)]
+    seen = set()
     while waiting:
         folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            left_out["links to folders that are there already"] += 1
+            continue
+        seen.add(real)
         try:
-            about = os.stat(folder)
             entries = list(os.scandir(folder))
         except OSError as e:
             raise Mistake(f"{folder}: this folder cannot be opened ({e.strerror})") from e
-        if (about.st_dev, about.st_ino) in seen:
-            left_out["links to folders that are there already"] += 1
-            continue
-        seen.add((about.st_dev, about.st_ino))
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
             link = entry.is_symlink()                  # may lead nowhere, or to itself
@@ -80,11 +84,21 @@ def walk(root: str | os.PathLike, left_out: Counter, only: set[str] | None = Non
                 left_out[suffix or "without suffix"] += 1
 
 
-def described(n: int, classes: list, left_out: Counter, why: str = "") -> str:
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def counted(left_out: Counter) -> str:
+    """'3 .txt, 1 hidden', in the order of the names; '' for nothing."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()) if count)
+
+
+def described(n: int, classes: list, left_out: Counter | None = None, why: str = "") -> str:
     """'N images, K classes; left out: 3 .txt', or why there are no classes."""
-    labels = f"{len(classes)} classes" if classes else f"no labels{why and f' ({why})'}"
-    left = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()))
-    return f"{n} image{'s' * (n != 1)}, {labels}" + (f"; left out: {left}" if left else "")
+    labels = f"{len(classes)} classes" if classes else "no labels"
+    reason = f" ({why})" if why else ""
+    left = f"; left out: {counted(left_out)}" if left_out else ""
+    return f"{plural(n, 'image')}, {labels}{reason}{left}"
 
 
 class ImageFolder:
@@ -96,13 +110,13 @@ class ImageFolder:
         if not os.path.isdir(root):
             found = "it is a file" if os.path.exists(root) else "there is nothing"
             raise Mistake(f"{root}: expected a folder of images, but {found}")
-        left_out, chosen = Counter(), set(only or ())
-        self.files = sorted(walk(root, left_out, chosen or None))
+        left_out = Counter()
+        self.files = sorted(walk(root, left_out, only))
         start = len(root.rstrip(os.sep)) + 1
         tops = []                                      # the folder of each file at the top, "" for none
         for file in self.files:
-            end = file.find(os.sep, start)
-            tops.append(sys.intern(file[start:end]) if end > 0 else "")
+            end = max(file.find(os.sep, start), start)
+            tops.append(sys.intern(file[start:end]))
         strays = tops.count("")
         names = set(tops) - {""}
         why = ""
@@ -111,18 +125,18 @@ class ImageFolder:
         elif strays > MAX_STRAYS * len(tops):
             why = f"{strays} images lie beside the {len(names)} folders"
         elif strays:
-            self.files = [file for file, top in zip(self.files, tops, strict=True) if top]
-            tops = [top for top in tops if top]
+            self.files = list(compress(self.files, tops))
+            tops = list(filter(None, tops))
             left_out["images beside the class folders"] = strays
-        if missing := sorted(chosen - names):
-            raise Mistake(f"{root}: {len(missing)} of {len(chosen)} classes asked for have no images here, "
-                          f"such as {', '.join(missing[:5])}")
+        if missing := sorted(set(only or []) - names):
+            raise Mistake(f"{root}: {len(missing)} of {len(set(only))} classes asked for have no images "
+                          f"here, such as {', '.join(missing[:5])}")
         if not self.files:
             raise Mistake(f"{root}: holds no image ({described(0, [], left_out)}); expected "
                           f"{' '.join(sorted(EXTENSIONS))}")
         self.classes = [] if why else sorted(names)
         number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = [number[top] for top in tops] if self.classes else None
+        self.labels = None if why else [number[top] for top in tops]
         self.about = described(len(self.files), self.classes, left_out, why)
         self.root = root
 
@@ -136,16 +150,16 @@ class ImageFolder:
         return self.files[i]
 
 
-NAMED = {  # name: (class in torchvision.datasets, arguments per split, attributes that may hold the labels)
-    "cifar10": ("CIFAR10", {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
-    "cifar100": ("CIFAR100", {"train": {"train": True}, "val": {"train": False}}, ["targets"]),
-    "stl10": ("STL10", {"train": {"split": "train+unlabeled"}, "val": {"split": "test"}}, ["labels"]),
-    "flowers102": ("Flowers102", {"train": {"split": "train"}, "val": {"split": "test"}}, ["_labels"]),
-    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
-    "cars": ("StanfordCars", {"train": {"split": "train"}, "val": {"split": "test"}},
-             ["_labels", "_samples"]),
-    "aircraft": ("FGVCAircraft", {"train": {"split": "trainval"}, "val": {"split": "test"}}, ["_labels"]),
+NAMED = {  # name: class in torchvision.datasets, arguments for its train split, for its val split
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "cars": ("StanfordCars", {"split": "train"}, {"split": "test"}),
+    "aircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
 }
+LABELS = ["targets", "labels", "_labels", "_samples"]  # where these classes keep them
 
 
 class Named:
@@ -153,45 +167,50 @@ class Named:
 
     def __init__(self, name: str, split: str, root: str, download: bool):
         import torchvision
-        kind, splits, attributes = NAMED[name]
+        kind, train, val = NAMED[name]
+        chosen = train if split == "train" else val
         try:
             with distributed.main_first():                             # or the ranks would write one file
-                self.set = getattr(torchvision.datasets, kind)(root, **splits[split], download=download)
+                self.set = getattr(torchvision.datasets, kind)(root, **chosen, download=download)
         except (RuntimeError, OSError, ValueError) as e:               # not there; no network; page gone
             hint = str(e).splitlines()[0] if download else "add --download"
             raise Mistake(f"{name} ({split}) is not under {root}: {hint}, or give --data_root") from e
-        labels = next(getattr(self.set, a) for a in attributes if hasattr(self.set, a))
-        self.labels = [int(x[-1] if isinstance(x, tuple) else x) for x in labels]
-        self.classes = [str(c) for c in getattr(self.set, "classes", sorted(set(self.labels)))]
+        labels = next(getattr(self.set, name) for name in LABELS if hasattr(self.set, name))
+        labels = [x[-1] if isinstance(x, tuple) else x for x in labels]        # some are (file, label)
+        self.labels = list(map(int, labels))
+        self.classes = list(map(str, self.set.classes))
         self.prefix = f"{name}/{split}"
-        self.about = described(len(self.labels), self.classes, Counter())
+        self.about = described(len(self.labels), self.classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, i: int) -> Tensor:
-        try:
+        with decoding(self.name(i)):
             image = self.set[i][0]
-        except (OSError, SyntaxError, ValueError) as e:
-            raise BadImage(f"{self.name(i)}: {e}") from e
         return pil_to_tensor(image)
 
     def name(self, i: int) -> str:
         return f"{self.prefix}/{i}"
 
 
+@dataclass(eq=False)
 class ToyImages:
     """n scenes of the toy world, drawn when they are first asked for and then kept in memory."""
 
-    def __init__(self, split: str = "train", n: int = 4000, size: int = 64, seed: int = 0):
-        self.split, self.size, self.seed = split, size, seed
+    split: str = "train"
+    n: int = 4000
+    size: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
         self.classes = list(CLASSES)
-        self.labels = [i % len(CLASSES) for i in range(n)]
+        self.labels = [i % len(CLASSES) for i in range(self.n)]
         self.scenes: dict[int, Scene] = {}
-        self.about = described(n, self.classes, Counter())
+        self.about = described(self.n, self.classes)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.n
 
     def scene(self, i: int) -> Scene:
         if i not in self.scenes:
@@ -209,11 +228,12 @@ class Subset:
     """Chosen images of a source."""
 
     def __init__(self, images, index: list[int]):
-        self.images, self.index = images, index
-        self.classes = images.classes
-        self.labels = None if images.labels is None else [images.labels[i] for i in index]
-        self.about = described(len(index), self.classes, Counter())
+        self.images = images
+        self.index = index
         self.root = getattr(images, "root", "")
+        self.classes = images.classes
+        self.labels = images.labels and [images.labels[i] for i in index]
+        self.about = described(len(index), self.classes)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -229,7 +249,8 @@ class Subset:
 def open_images(args, split: str = "train", toy_seed: int = 0):
     """What --data names (args: data, data_root, download, classes).  split: 'train', or 'val', which is None
     where there is no such split.  Raises Mistake."""
-    root, only = Path(args.data), chosen_classes(getattr(args, "classes", None))
+    root = Path(args.data)
+    only = chosen_classes(getattr(args, "classes", None))
     if only and not os.path.isdir(root):
         raise Mistake(f"--classes chooses among class folders, and --data {args.data} is no folder")
     if getattr(args, "download", False) and not {args.data, getattr(args, "val_data", None)} & NAMED.keys():
@@ -243,16 +264,16 @@ def open_images(args, split: str = "train", toy_seed: int = 0):
     if split == "train":
         return ImageFolder(root / "train" if has_splits(root) else root, only)
     val = root.parent / "val" if root.name == "train" else root / "val"
-    if not os.path.isdir(val) or not (root.name == "train" or has_splits(root)):
-        return None
-    return ImageFolder(val, only)
+    if os.path.isdir(val) and (root.name == "train" or has_splits(root)):
+        return ImageFolder(val, only)
+    return None
 
 
 def has_splits(root: Path) -> bool:
     """Is root/train a split, and not a class called train (as COCO has one) among other classes?"""
     if not os.path.isdir(root / "train"):
         return False
-    folders = {name for name in next(os.walk(root), ("", []))[1] if not name.startswith(".")}
+    folders = {path.name for path in root.glob("[!.]*") if path.is_dir()}
     return "val" in folders or folders <= SPLITS
 
 
@@ -264,7 +285,8 @@ def open_val(args, toy_seed: int = 0):
         inner = Path(args.val_data) / "val"
         only = chosen_classes(getattr(args, "classes", None))
         return ImageFolder(inner if os.path.isdir(inner) else args.val_data, only)
-    return open_images(type(args)(**vars(args) | {"data": args.val_data}), "val", toy_seed)
+    args = type(args)(**vars(args) | {"data": args.val_data})
+    return open_images(args, "val", toy_seed)
 
 
 def chosen_classes(given: str | None) -> list[str] | None:
@@ -296,7 +318,7 @@ def with_classes_of(train, val, where: str):
     """val with the class numbers of train.  It may lack classes; one that train lacks raises Mistake."""
     if list(train.classes) == list(val.classes):
         return val
-    unknown = sorted(set(map(str, val.classes)) - set(map(str, train.classes)))
+    unknown = sorted(map(str, set(val.classes) - set(train.classes)))
     if unknown:
         raise Mistake(f"{where}: {len(train.classes)} and {len(val.classes)} classes; train has no "
                       f"{', '.join(unknown[:5])}")
@@ -309,20 +331,17 @@ def with_classes_of(train, val, where: str):
 def digest(images) -> str:
     """12 hex digits that tell the names of a source's images, wherever its folder lies."""
     root = getattr(images, "root", "")
-    h = hashlib.blake2b(digest_size=6)
-    for i in range(len(images)):
-        h.update(images.name(i)[len(root):].encode(errors="surrogateescape") + b"\n")
-    return h.hexdigest()
+    names = [images.name(i)[len(root):] + "\n" for i in range(len(images))]
+    names = "".join(names).encode(errors="surrogateescape")
+    return hashlib.blake2b(names, digest_size=6).hexdigest()
 
 
 # ------------------------------------------------- loaders
+@dataclass(eq=False)
 class CentreCrop(Dataset):
-    """Images for evaluation: short side to size * 256/224, centre crop of `size`.
-
-    Items: uint8 (3, size, size), label (-1 without), index, readable or not."""
-
-    def __init__(self, images, size: int):
-        self.images, self.size = images, size
+    """Images for evaluation: uint8 (3, size, size), label (-1 without), index, readable or not."""
+    images: object
+    size: int
 
     def __len__(self) -> int:
         return len(self.images)
@@ -330,63 +349,50 @@ class CentreCrop(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int, int, bool]:
         label = -1 if self.images.labels is None else self.images.labels[i]
         try:
-            image = centre_crop(self.images.read(i), self.size, round(self.size * 256 / 224))
+            image = centre_crop(self.images.read(i), self.size)
         except BadImage:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), label, i, False
         return image, label, i, True
 
 
+@dataclass(eq=False)
 class Views(Dataset):
     """transform(image, generator) of item (epoch, index), the generator seeded by (seed, epoch, index).
 
     Returns the dict of the transform with "index", "read" = which image was read, and "bad" = index, or -1 if
     it was readable.  A bad image gives way to the next readable one.  Raises BadImage after 100 in a row."""
-
-    def __init__(self, images, transform: Callable, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    images: object
+    transform: Callable
+    seed: int
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         epoch, index = item
-        for step in range(min(100, len(self))):
+        for step in range(100):
             read = (index + step) % len(self)
             try:
                 image = self.images.read(read)
                 break
-            except BadImage as e:
-                error = e
-        else:
-            raise error
+            except BadImage:
+                if step == 99:
+                    raise
         views = self.transform(image, generator_of(self.seed, "view", epoch, index))
         return views | {"index": index, "read": read, "bad": index if step else -1}
 
 
-class EpochSampler(Sampler):
-    """This rank's share of each epoch's permutation, as (epoch, index).  Whole global batches only.
+def share_of_epoch(n: int, per_step: int, seed: int, epoch: int, step: int = 0) -> list[tuple[int, int]]:
+    """What this rank sees of an epoch from a step on, as (epoch, index).  Whole global batches only.
 
-    Step s of an epoch holds items s*G ... (s+1)*G of the permutation, G = W*B, and rank r takes the r-th B of
-    these: the global batch is the same for any number of ranks."""
-
-    def __init__(self, n: int, per_step: int, seed: int):
-        self.n, self.per_step, self.seed = n, per_step, seed
-        self.rank, self.ranks = distributed.rank(), distributed.world_size()
-        self.steps = n // (per_step * self.ranks)
-        self.begin(0, 0)
-
-    def begin(self, epoch: int, step: int) -> None:
-        """Where the next iteration begins."""
-        self.epoch, self.step = epoch, step
-
-    def __len__(self) -> int:
-        return (self.steps - self.step) * self.per_step
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(self.n, generator=generator_of(self.seed, "order", self.epoch))
-        order = order[:self.steps * self.ranks * self.per_step].view(self.steps, self.ranks, self.per_step)
-        for index in order[self.step:, self.rank].flatten().tolist():
-            yield self.epoch, index
+    A step takes the next W*B of the permuted images, and rank r the r-th B of these, B = per_step: the global
+    batch is the same for any number of ranks."""
+    ranks = distributed.world_size()
+    steps = n // (per_step * ranks)
+    order = torch.randperm(n, generator=generator_of(seed, "order", epoch))
+    order = order[:steps * ranks * per_step].view(steps, ranks, per_step)
+    mine = order[step:, distributed.rank()].flatten()
+    return [(epoch, index) for index in mine.tolist()]
 
 
 class Batches:
@@ -398,34 +404,28 @@ class Batches:
 
     def __init__(self, views: Views, batch_size: int, accum: int = 1, workers: int = 0, pin: bool = False):
         self.accum = accum
-        self.sampler = EpochSampler(len(views), batch_size * accum, views.seed)
-        self.per_epoch = self.sampler.steps
+        ranks = distributed.world_size()
+        needed = batch_size * accum * ranks
+        self.per_epoch = len(views) // needed
         if self.per_epoch == 0:
-            needed = self.sampler.per_step * self.sampler.ranks
             raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size "
-                          f"(now {batch_size} per rank, {self.sampler.ranks} ranks)")
-        self.loader = DataLoader(views, batch_size, sampler=self.sampler, num_workers=workers, pin_memory=pin,
+                          f"(now {batch_size} per rank, {ranks} ranks)")
+        self.share = partial(share_of_epoch, len(views), batch_size * accum, views.seed)
+        self.items: list[tuple[int, int]] = []         # of the epoch
+        self.loader = DataLoader(views, batch_size, sampler=self.items, num_workers=workers, pin_memory=pin,
                                  persistent_workers=workers > 0, worker_init_fn=init_worker,
                                  prefetch_factor=4 if workers else None)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[dict]]]:
         """(step, batches) from step `first` to before `last`, counted over the whole run."""
-        for epoch in range(first // self.per_epoch, -(-last // self.per_epoch)):
-            begin = max(first, epoch * self.per_epoch)
-            end = min(last, (epoch + 1) * self.per_epoch)
-            self.sampler.begin(epoch, begin % self.per_epoch)
-            loader = started(self.loader)
-            for step in range(begin, end):
-                yield step, [next_batch(loader) for _ in range(self.accum)]
-
-
-def started(loader: DataLoader) -> Iterator:
-    """iter(loader), without torch's handler that raises in the middle of anything when a loader process dies:
-    `next_batch` finds out, between two steps."""
-    iterator = iter(loader)
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return iterator
+        for step in range(first, last):
+            epoch, of_epoch = divmod(step, self.per_epoch)
+            if step == first or of_epoch == 0:
+                self.items[:] = self.share(epoch, of_epoch)
+                loader = iter(self.loader)
+                if hasattr(signal, "SIGCHLD"):         # or torch raises anywhere; `next_batch` sees who died
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            yield step, [next_batch(loader) for _ in range(self.accum)]
 
 
 def next_batch(loader: Iterator) -> dict:
@@ -445,5 +445,5 @@ def init_worker(_worker: int) -> None:
 
 
 if __name__ == "__main__":
-    from inspect_data import get_args, main
+    from studies.inspect_data import get_args, main
     script(main, get_args)

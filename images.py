@@ -5,7 +5,6 @@ that cannot be read is a BadImage."""
 import os
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from run import Mistake
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
+ROOM = 256 / 224                               # short side of an image before the crop, in sides of the crop
 MAX_PIXELS = 178_956_970                       # Pillow's own limit for a decompression bomb
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26        # drawing programs write long texts into their files
 
@@ -85,11 +85,15 @@ def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tenso
 def resize_short(image: Tensor, short: int, mode: str = "bicubic") -> Tensor:
     """(3, H, W) uint8 with its short side made `short`, the aspect kept."""
     scale = short / min(image.shape[1:])
-    return resize(image, [max(1, round(side * scale)) for side in image.shape[1:]], mode)
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    return resize(image, size, mode)
 
 
-def centre_crop(image: Tensor, size: int, short: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size): short side to `short`, then the centre."""
+def centre_crop(image: Tensor, size: int, short: int | None = None) -> Tensor:
+    """(3, H, W) uint8 -> (3, size, size): short side to `short`, then the centre.  The short side is
+    256 pixels for a crop of 224, as evaluations see an image, and in this ratio for other sizes."""
+    if short is None:
+        short = round(size * ROOM)
     H, W = image.shape[1:]
     longest = 4 * min(H, W)                    # a strip is cut first, or millions of its pixels were resized
     top, left = max(0, H - longest) // 2, max(0, W - longest) // 2
@@ -123,15 +127,13 @@ def read_image(path: str | os.PathLike, upright: bool = True) -> Tensor:
     """Any image file -> (3, H, W) uint8 RGB; grey, palette, CMYK, alpha and deep images are converted.
 
     upright: turn a photo by its EXIF tag.  Masks describe the pixels as they are stored: where there are
-    masks, read the photo with upright=False.  Raises BadImage, also above MAX_PIXELS."""
+    masks, read the photo with upright=False.  Raises BadImage."""
     with decoding(path):
-        image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        image = Image.open(path)               # raises above MAX_PIXELS
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
             import torchvision  # its decoder is three times as fast as Pillow's
             if hasattr(torchvision.io, "decode_jpeg"):
-                content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+                content = torch.from_numpy(np.fromfile(path, np.uint8))
                 return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB,
                                                   apply_exif_orientation=upright)
         image.load()
@@ -157,10 +159,12 @@ def pil_to_tensor(image: Image.Image, upright: bool = True, name: str = "image")
         low = numbers.min()
         high = numbers.max()
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        image = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).round().astype(np.uint8))
+        values = 255 * (values - low) / max(high - low, 1e-12)
+        image = Image.fromarray(values.round().astype(np.uint8))
     if image.mode == "P":                      # a palette may carry transparency
         image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    pixels = np.array(image.convert("RGB"))        # (H, W, 3), and so it stays in memory: crops are faster
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_numbers(path: str | os.PathLike) -> np.ndarray:

@@ -22,10 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from images import normalize, to_device
+from images import normalize, resize, to_device
 from model import patchify
 
 BLOCKS_DRAWN = 256             # per view; 75 % of the area takes about 82 blocks of up to 0.3 of the side
@@ -114,14 +113,13 @@ def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
     return top, left, h, w
 
 
-def random_resized_crop(
-    image: Tensor, size: int, scale: Range, flip: float, g: Generator
-) -> Tensor:
+def random_resized_crop(image: Tensor, size: int, scale: Range, flip: float, g: Generator) -> Tensor:
     """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic interpolation,
     mirrored with probability `flip`."""
-    top, left, h, w = crop_box(*image.shape[1:], scale, g)
-    crop = image[None, :, top:top + h, left:left + w]
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    H, W = image.shape[1:]
+    top, left, h, w = crop_box(H, W, scale, g)
+    crop = image[:, top:top + h, left:left + w]
+    crop = resize(crop, (size, size))
     if torch.rand((), generator=g) < flip:
         crop = crop.flip(-1)
     return crop
@@ -155,16 +153,13 @@ class MultiCrop:
 
     def __call__(self, image: Tensor, g: Generator) -> dict:
         a = self.augmentation
-        views = []
-        for _ in range(2):
-            views.append(random_resized_crop(image, a.global_size, a.global_scale, a.flip, g))
-        local = []
-        for _ in range(a.local_number):
-            local.append(random_resized_crop(image, a.local_size, a.local_scale, a.flip, g))
-
-        out = {"views": torch.stack(views), "colours": self.draw_colours(g)}
+        crop = partial(random_resized_crop, image, flip=a.flip, g=g)
+        views = [crop(a.global_size, a.global_scale) for _ in range(2)]
+        local = [crop(a.local_size, a.local_scale) for _ in range(a.local_number)]
+        out = {"views": torch.stack(views)}
         if local:
             out["local"] = torch.stack(local)
+        out["colours"] = self.draw_colours(g)
         out["corruption"] = self.draw_corruption(g)
         if self.patch_size:
             share = corrupted_share(out["corruption"].mask, self.patch_size)
@@ -178,7 +173,8 @@ class MultiCrop:
         crops = 2 + a.local_number
         kind = torch.tensor([0, 1] + [2] * a.local_number)             # view 1, view 2, local
         r = torch.rand(crops, 12, generator=g)
-        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = r.split([4, 1, 1, 1, 1, 4], dim=1)
+        columns = r.split([4, 1, 1, 1, 1, 4], dim=1)
+        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = columns
         r_grey = torch.rand(crops, generator=g)
 
         factors = 1 + (2 * r_factors - 1) * torch.tensor(a.jitter)
@@ -268,17 +264,12 @@ def corrupted_share(mask: Tensor, p: int) -> Tensor:
 # ---- colour, on the device ----
 # Each op is that of torchvision.transforms.functional with the same name, with a factor (B,) for each image.
 def luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W)."""
+    """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W), the grey that has the same brightness."""
     red, green, blue = x.unbind(1)
     y = red * GREY[0]
     y.add_(green, alpha=GREY[1])
     y.add_(blue, alpha=GREY[2])
     return y[:, None]
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in 0 ... 1 -> (B, 3, H, W), the luma in all three channels."""
-    return luma(x).expand_as(x)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -288,12 +279,12 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = luma(x).mean((1, 2, 3), keepdim=True)
-    x = torch.lerp(mean.expand_as(x), x, factor.view(-1, 1, 1, 1))
+    x = torch.lerp(mean, x, factor.view(-1, 1, 1, 1))
     return x.clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    x = torch.lerp(grayscale(x), x, factor.view(-1, 1, 1, 1))
+    x = torch.lerp(luma(x), x, factor.view(-1, 1, 1, 1))
     return x.clamp_(0, 1)
 
 
@@ -354,8 +345,7 @@ def blur_matrix(sigma: Tensor, n: int, radius: int) -> Tensor:
 
     row = torch.arange(n, device=sigma.device)
     source = (row[:, None] + offset).abs()                             # (n, 2*radius+1)
-    reflected = 2 * (n - 1) - source
-    source = torch.where(source >= n, reflected, source)
+    source = n - 1 - (n - 1 - source).abs()                            # reflected at both ends
     source = source.expand(B, -1, -1)
     weights = weights[:, None].expand_as(source)
     matrix = sigma.new_zeros(B, n, n)
@@ -389,7 +379,7 @@ def colour(x: Tensor, colours: Colours) -> Tensor:
             changes = colours.factors[:, i] != NEUTRAL[i]
             its_turn = colours.order[:, place] == i
             apply_to(x, changes & its_turn, adjust, factors[:, i])
-    apply_to(x, colours.grey, grayscale)
+    apply_to(x, colours.grey, luma)
     radius = int(blur_radius(colours.sigma).max())
     apply_to(x, colours.sigma > 0, partial(gaussian_blur, radius=radius), sigma)
     apply_to(x, colours.solarize, solarize)

@@ -222,7 +222,8 @@ class ViT(nn.Module):
         if (h, w) == self.base_grid:
             return self.pos_embed
         cls = self.pos_embed[:, :1]
-        grid = self.pos_embed[:, 1:].unflatten(1, self.base_grid).permute(0, 3, 1, 2).float()
+        grid = self.pos_embed[:, 1:].unflatten(1, self.base_grid)      # (1, rows, columns, D)
+        grid = grid.permute(0, 3, 1, 2).float()
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
         grid = grid.flatten(2).transpose(1, 2).to(cls.dtype)           # (1, h*w, D)
         return torch.cat([cls, grid], dim=1)
@@ -323,7 +324,7 @@ def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, h * p, w * p)
 
 
-def contrastive_head(dim: int, hidden: int = 4096, out: int = 256, norm: bool = True) -> nn.Sequential:
+def contrastive_head(dim: int, hidden: int, out: int, norm: bool = True) -> nn.Sequential:
     """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.
 
     BatchNorm uses the statistics of the batch always, also in the teacher and in eval mode, so it keeps none;
@@ -342,7 +343,7 @@ def contrastive_head(dim: int, hidden: int = 4096, out: int = 256, norm: bool = 
     )
 
 
-def reconstruction_head(dim: int, patch_size: int, hidden: int = 4096) -> nn.Sequential:
+def reconstruction_head(dim: int, patch_size: int, hidden: int) -> nn.Sequential:
     """(n, D) -> (n, 3*P*P): the normalised pixels of a patch from its token."""
     return mlp_head(dim, hidden, 3 * patch_size ** 2)
 
@@ -431,9 +432,7 @@ def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
 def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
     """One value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
     The first value is not 0.  Of a warm-up longer than the run, the run sees the beginning."""
-    values = []
-    for i in range(min(warmup, steps)):
-        values.append(base * (i + 1) / warmup)
+    values = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
     left = steps - len(values)
     for i in range(left):
         cosine = math.cos(math.pi * i / max(left - 1, 1))

@@ -13,10 +13,9 @@ A scene depends only on (seed, split, index). At 64x64 it takes about 2.5 ms on 
 
 Lengths are in "toy pixels": the short side of every image has 64 of them, whatever its size in pixels.
 Shapes: H, W pixels; h, w samples, SAMPLES times as many; n things; T frames."""
-
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -41,8 +40,9 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 VIDEO = 3                                           # the videos' number among the splits
 SIDE = 64                                           # toy pixels on an image's short side
 SAMPLES = 2                                         # samples per pixel along each axis
-ANGLES = np.arange(2048) * (2 * np.pi / 2048)       # where silhouettes are tabulated
-PER_RADIAN = np.float32(len(ANGLES) / (2 * np.pi))
+TURN = 2 * np.pi
+ANGLES = np.arange(2048) * (TURN / 2048)            # where silhouettes are tabulated
+PER_RADIAN = np.float32(len(ANGLES) / TURN)
 TO_RGB = np.array([                                 # (Cb, Cr) @ TO_RGB is a colour of zero luminance
     [0, -0.344, 1.772],
     [1.402, -0.714, 0],
@@ -70,11 +70,11 @@ def texture(name, p, q):
         case "waffle":
             return np.maximum(bars(p, 4.6, 1.4), bars(q, 4.6, 1.4))
         case "leaf":                                # veins that meet at an angle
-            return bars(q + 1.1 * np.abs(wrap(p, 9)), 4.8, 2.2)
+            return bars(q + 1.1 * abs(wrap(p, 9)), 4.8, 2.2)
         case "flower":
             return triangles(p, q)
         case "tent":                                # stripes in pairs
-            return soft(0.75 - np.abs(np.abs(wrap(p, 8.4)) - 1.5))
+            return soft(0.75 - abs(abs(wrap(p, 8.4)) - 1.5))
 
 
 def silhouette(name, angle):
@@ -87,7 +87,7 @@ def silhouette(name, angle):
         case "kite":
             return superellipse(angle, 1.35 + 0.25 * np.cos(angle), 0.9, 1.15)
         case "fish":
-            tail = np.abs(wrap(angle - np.pi, 2 * np.pi))            # 0 in the middle of the tail
+            tail = abs(wrap(angle - np.pi, TURN))                     # 0 in the middle of the tail
             fin = 1.8 - 0.35 * np.exp(-((tail / 0.16) ** 2))
             return np.where(tail < 0.42, fin, superellipse(angle, 1.25, 0.8, 2))
         case "brick":
@@ -95,18 +95,17 @@ def silhouette(name, angle):
         case "waffle":
             return superellipse(angle, 1, 1, 5)
         case "leaf":                                # where two discs overlap
-            return np.sqrt(0.56 * np.sin(angle) ** 2 + 2) - 0.75 * np.abs(np.sin(angle))
+            return np.sqrt(0.56 * np.sin(angle) ** 2 + 2) - 0.75 * abs(np.sin(angle))
         case "flower":
-            return 0.72 + 0.4 * np.abs(np.cos(3 * angle))
+            return 0.72 + 0.4 * abs(np.cos(3 * angle))
         case "tent":                                # a triangle with round corners
             total = 0
             for i in range(3):
-                side = np.cos(angle - i * (2 * np.pi / 3))
+                side = np.cos(angle - i * (TURN / 3))
                 total = total + np.maximum(side, 0) ** 7
             return total ** (-1 / 7)
 
 
-HOLES = {"donut": 0.42}      # radius of a hole, as a share of the thing's
 SPECKLE = [                  # wave numbers along p and q
     (1.47, 0.1),
     (0.9, 1.1),
@@ -129,7 +128,7 @@ def wrap(x, period):
 
 
 def bars(x, period, width):
-    return soft(width / 2 - np.abs(wrap(x, period)))
+    return soft(width / 2 - abs(wrap(x, period)))
 
 
 def dots(p, q):
@@ -171,17 +170,17 @@ def triangles(p, q):
 
 def superellipse(angle, a, b, power):
     """Half axes a and b; nearly a diamond for power 1, an ellipse for 2, nearly a rectangle for 9."""
-    x = np.abs(np.cos(angle) / a) ** power
-    y = np.abs(np.sin(angle) / b) ** power
+    x = abs(np.cos(angle) / a) ** power
+    y = abs(np.sin(angle) / b) ** power
     return (x + y) ** (-1 / power)
 
 
-@lru_cache(maxsize=None)
+@cache
 def prepared(name):
     """What draw() needs of a class, computed once: radius (2048,) at ANGLES and radius of the hole, for the
     area of the unit disc; mean and std of the tone, which give all classes equal brightness and contrast."""
     radius = silhouette(name, ANGLES)
-    hole = HOLES.get(name, 0)
+    hole = 0.42 if name == "donut" else 0
     full = 1 / math.sqrt(1 - hole**2)
     radius = full * radius / np.sqrt((radius**2).mean())
     line = np.arange(0, 150, 0.43)
@@ -214,13 +213,11 @@ class Scene:
 
 
 def random_thing(rng, category, x, y, radius):
-    angle, begin2, begin3 = rng.uniform(0, 2 * np.pi, 3)
+    angle, begin2, begin3 = rng.uniform(0, TURN, 3)
     wave2, wave3 = rng.uniform(0, DEFORM, 2)
     bend = 1 + wave2 * np.cos(2 * ANGLES + begin2)
     bend += wave3 * np.cos(3 * ANGLES + begin3)
-    contrast = TEXTURE_CONTRAST
-    if rng.random() < POLARITY_FLIP:
-        contrast = -contrast
+    contrast = -TEXTURE_CONTRAST if rng.random() < POLARITY_FLIP else TEXTURE_CONTRAST
     lean = rng.uniform(-TILT, TILT) - angle         # so the texture starts out nearly upright in the image
     start = rng.uniform(0, 100, 2).astype(np.float32)
     magnify = rng.uniform(*TEXTURE_SCALE)
@@ -229,8 +226,8 @@ def random_thing(rng, category, x, y, radius):
 
 def random_waves(rng, lengths, *shape):
     """Plane waves (*shape, 3), each with its wave number, direction and phase."""
-    direction, phase = rng.uniform(0, 2 * np.pi, (2, *shape))
-    number = 2 * np.pi / rng.uniform(*lengths, shape)
+    direction, phase = rng.uniform(0, TURN, (2, *shape))
+    number = TURN / rng.uniform(*lengths, shape)
     return np.stack([number, direction, phase], -1)
 
 
@@ -245,17 +242,16 @@ def add(waves, x, y):
 
 def add_lights(lights, x, y):
     """The colour that lights (3, 6, 3) add at x (W,), y (H,) -> (H, W, 3)."""
+    luma, cb, cr = [add(waves, x, y) for waves in lights]
     norm = math.sqrt(3)                             # six waves have variance 3
-    luma = LIGHT / norm * add(lights[0], x, y)
-    cb = CHROMA / norm * add(lights[1], x, y)
-    cr = CHROMA / norm * add(lights[2], x, y)
-    return luma[..., None] + np.stack([cb, cr], -1) @ TO_RGB
+    colour = CHROMA / norm * np.stack([cb, cr], -1) @ TO_RGB
+    return LIGHT / norm * luma[..., None] + colour
 
 
 def surface_colours(rng, categories):
     """Colours of zero luminance (1 + n, 3), of the background and of n things.  Hues are random, but things
     of the commonest class share one, as objects of a kind often do."""
-    hue = rng.uniform(0, 2 * np.pi)
+    hue = rng.uniform(0, TURN)
     apart = rng.uniform(np.pi / 3, 5 * np.pi / 3, 1 + len(categories))
     commonest = max(set(categories), key=categories.count)
     shared = np.array(categories) == commonest
@@ -307,7 +303,10 @@ def draw(tones, ids, thing, number, x, y):
 
 def pool(x):
     """The sum of each pixel's samples: (h, w, ...) -> (H, W, ...)."""
-    return sum(x[i::SAMPLES, j::SAMPLES] for i in range(SAMPLES) for j in range(SAMPLES))
+    total = 0
+    for i, j in np.ndindex(SAMPLES, SAMPLES):
+        total = total + x[i::SAMPLES, j::SAMPLES]
+    return total
 
 
 def render(rng, things, colours, lights, backdrop, size, pan=(0, 0)):
@@ -356,10 +355,10 @@ def random_things(rng, label, wide):
     area = rng.uniform(*COVERAGE) * wide.prod() / n
     if n == 1:
         area *= 0.8
-    first = rng.uniform(0, 2 * np.pi)
+    first = rng.uniform(0, TURN)
     apart = (0.0, 0.24, 0.29)[n - 1]
     things = []
-    for turn in first + 2 * np.pi * np.arange(n) / n:
+    for turn in first + TURN * np.arange(n) / n:
         direction = np.array([np.cos(turn), np.sin(turn)])
         place = 0.5 + apart * direction + rng.uniform(-0.06, 0.06, 2)
         x, y = wide * place

@@ -40,7 +40,7 @@ def panels_of(vit, path: str, point: tuple[int, int]) -> list[tuple]:
         "similarity to that patch": heat,
         f"mask: at least {t:.2f}": figure.cut_out(photo, mask.numpy()),
     }
-    return [(title, Image.fromarray(picture), None) for title, picture in panels.items()]
+    return list(panels.items())
 
 
 def get_args(argv=None):

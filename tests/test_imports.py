@@ -15,7 +15,7 @@ FLOORS = [  # a module imports from floors below its own, or from those before i
     "run images data losses masking augment formats checkpoint",
     "clicks scenes prompts knn videos labelmaps classifier",
     "zeroshot davis linseg retrieval probes",
-    "monitor pretrain finetune demo report benchmark screen inspect_data hubconf",
+    "monitor pretrain finetune demo report benchmark hubconf",
 ]
 ORDER = [name for floor in FLOORS for name in floor.split()]
 OURS = {p.stem for p in ROOT.glob("*.py")}

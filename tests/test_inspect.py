@@ -20,11 +20,10 @@ from PIL import Image
 import classifier
 import data
 import finetune
-import inspect_data
 import pretrain
 import probes
 from run import Mistake
-from studies import layouts
+from studies import inspect_data, layouts
 from toy import scene
 
 ROOT = Path(__file__).parent.parent

@@ -182,7 +182,7 @@ def test_blur_solarize_grey_equal_torchvision():
     blurred = torch.stack([tvf.gaussian_blur(i, [13, 13], float(s)) for i, s in zip(x, sigma, strict=True)])
     assert torch.allclose(masking.gaussian_blur(x, sigma, 6), blurred, atol=1e-6)
     assert torch.equal(masking.solarize(x), tvf.solarize(x, 0.5))
-    assert torch.allclose(masking.grayscale(x), tvf.rgb_to_grayscale(x, 3), atol=1e-6)
+    assert torch.allclose(masking.luma(x), tvf.rgb_to_grayscale(x), atol=1e-6)
 
 
 def neutral(crops):

@@ -44,7 +44,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-STARTED = {"data": "inspect_data"}             # where the options of a script are, if not in itself
+STARTED = {"data": "studies.inspect_data"}     # where the options of a script are, if not in itself
 COMMANDS = [(page, *command) for page, text in TEXTS.items() for command in commands(text)]
 
 
@@ -77,8 +77,9 @@ def test_enough_commands_were_found():
 
 def test_options_named_alone_exist():
     known = set(ELSEWHERE)
-    for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "inspect_data",
-                   "checkpoint", "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts"):
+    for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "checkpoint",
+                   "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts",
+                   "studies.inspect_data"):
         known |= options(module)
     for probe in ("knn", "fewshot", "variance", "layers", "linseg", "retrieval"):
         known |= options("probes", probe)

@@ -6,30 +6,39 @@
     python data.py pets --download                             # one of torchvision's sets
 
 Sets are opened by the code of the scripts, so that what is accepted here is accepted there.  Of each split
-some images are read, evenly spaced (screen.py).  Exit code 0 where a command can run, 2 where none can."""
+some images are read, evenly spaced: the sizes, the numbers in masks and the unreadable files that are told
+are those of these images.  Exit code 0 where a command can run, 2 where none can.
+
+Shapes: H x W pixels."""
 import argparse
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 import data
 import figure
 import run
-from data import NAMED, SPLITS, has_splits, labelled, with_classes_of
+from data import NAMED, SPLITS, described, evenly, has_splits, labelled, with_classes_of
+from images import BadImage, read_image
 from knn import draw_episodes
-from labelmaps import CLASSES, Pairs, find_layout
+from labelmaps import CLASSES, IGNORE, Pairs, find_layout
 from probes import MiniImageNet, open_few_shot
 from retrieval import Revisited
 from run import Mistake
-from scenes import Coco, Voc, find_voc
-from screen import Screen, of_clips, of_images, of_pairs, of_queries, of_scenes
+from scenes import Coco, Scenes, Voc, check_sides, find_voc
+from videos import Clip, few, find_clips
 from videos import described as about_clips
-from videos import few, find_clips
 
+SAMPLE = 24                              # images of a split that are read; every third is drawn
 ARCHIVES = {".tar", ".zip", ".gz", ".tgz"}
 SIGNS = {                                # by which a layout is known, even where half of it is missing
     "mini-imagenet": ["test.csv"],
@@ -50,6 +59,154 @@ FROM = {                                 # docs/DATA.md says more
     "cityscapes": "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com",
     "ade20k": "ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu",
 }
+WHOLE = {                                # images of a whole set; of DAVIS, sequences
+    "mini-imagenet test": 12_000, "davis train": 60, "davis val": 30,
+    "coco train2017": 118_287, "coco val2017": 5_000, "cityscapes train": 2_975, "cityscapes val": 500,
+    "voc train": 1_464, "voc val": 1_449, "voc trainaug": 10_582, "ade20k train": 20_210, "ade20k val": 2_000,
+}
+
+
+# ------------------------------------------------- one image, and what is known of its pixels
+class Seen(NamedTuple):
+    """numbers: (H, W) of objects or classes, or None."""
+    title: str
+    image: Tensor                        # (3, H, W) uint8
+    numbers: np.ndarray | None = None
+
+
+def of_images(source, i: int) -> Seen:
+    title = source.name(i)
+    if source.labels is not None and source.labels[i] >= 0:
+        title = source.classes[source.labels[i]]
+    return Seen(title, source.read(i))
+
+
+def of_pairs(pairs: Pairs, i: int) -> Seen:
+    image, label = pairs.read(i)
+    return Seen(pairs.name(i), image, label.numpy())
+
+
+def of_scenes(scenes: Scenes, i: int) -> Seen:
+    image = scenes.read(i)
+    numbers = np.zeros(image.shape[1:], np.uint8)
+    for k, (_, mask) in enumerate(scenes.objects(i), start=1):
+        check_sides(scenes.name(i), numbers.shape, mask.shape)
+        mask = Image.fromarray(mask).resize(numbers.shape[::-1], Image.Resampling.NEAREST)
+        numbers[np.asarray(mask)] = min(k, IGNORE - 1)
+    return Seen(scenes.name(i), image, numbers)
+
+
+def of_clips(clips: list[Clip], i: int) -> Seen:
+    return Seen(clips[i].name, read_image(clips[i].frames[0], upright=False), clips[i].first)
+
+
+def of_queries(images: Revisited, i: int) -> Seen:
+    return Seen(images.name(i), images.read(i, crop=True))
+
+
+def panels_of(seen: Seen) -> list[tuple]:
+    """The image, and its numbers painted on it, for a contact sheet."""
+    photo = seen.image.permute(1, 2, 0).numpy()
+    if seen.numbers is None:
+        return [(seen.title, photo)]
+    painted = figure.painted(photo, seen.numbers)
+    painted[seen.numbers == IGNORE] = figure.WHITE
+    return [(seen.title, photo), ("", painted)]
+
+
+# ------------------------------------------------- what is said of a set
+def span(values: list[str]) -> str:
+    """'3 to 7', from the first to the last, or '3' if they are alike."""
+    return " to ".join(dict.fromkeys([values[0], values[-1]]))
+
+
+def numbers_text(counts: np.ndarray, noun: str) -> str:
+    """', labels 0 ... 14, 3.1 % not scored', or nothing without masks.  counts: (256,) pixels."""
+    if not counts.any():
+        return ""
+    found = np.flatnonzero(counts[:IGNORE])
+    text = f", {noun} {found.min()} ... {found.max()}" if len(found) else f", no {noun}"
+    if counts[IGNORE]:
+        text += f", {100 * counts[IGNORE] / counts.sum():.2g} % not scored"
+    return text
+
+
+def about_source(source) -> str:
+    if hasattr(source, "about"):
+        return source.about
+    return described(len(source), source.classes, source.left_out)
+
+
+class Screen:
+    """What is said of a set.  commands: those that can run.  refused: why others cannot.  rows: of the sheet.
+    largest: number in the masks that were read."""
+
+    def __init__(self, path: str, layout: str):
+        self.path = shlex.quote(path)
+        self.layout = layout
+        self.commands: list[str] = []
+        self.refused: list[str] = []
+        self.rows: list[tuple] = []
+        self.largest = 0
+
+    def say(self, title: str, text: str) -> None:
+        print(textwrap.fill(f"{title:>12}  {text}", 110, subsequent_indent=" " * 14, break_on_hyphens=False,
+                            break_long_words=False))
+
+    def attempt(self, title: str, opener: Callable):
+        """What opener() returns; None, and the reason said, where that is a mistake."""
+        try:
+            return opener()
+        except Mistake as e:
+            self.refused.append(str(e))
+            self.say(title, f"NO: {e}")
+            return None
+
+    def split(self, title: str, opener: Callable, reader: Callable, about: Callable = about_source):
+        """Open a split, read some of its images, and say what it holds.  Returns the source, or None.
+
+        reader: (source, i) -> Seen.  about: source -> text, for a source of another kind than data.py's."""
+        return self.attempt(title, lambda: self.look(title, opener(), reader, about))
+
+    def look(self, title: str, source, reader: Callable, about: Callable):
+        """Raises Mistake for an annotation that would end a script, and where no image can be read."""
+        sizes = []
+        bad = []
+        row = []
+        counts = np.zeros(256, int)      # of pixels, by their number
+        chosen = evenly(SAMPLE, len(source))
+        for place, i in enumerate(chosen):
+            try:
+                seen = reader(source, i)
+            except BadImage as e:
+                bad.append(str(e))
+                continue
+            H, W = seen.image.shape[1:]
+            sizes.append((H * W, f"{W} x {H}"))
+            if seen.numbers is not None:
+                counts += np.bincount(seen.numbers.ravel(), minlength=256)
+            if place % 3 == 0:
+                row += panels_of(seen)
+        if not sizes:
+            raise Mistake(f"none of the {len(chosen)} images that were tried can be read; {bad[0]}")
+
+        if row:
+            self.rows.append((title, row))
+        self.largest = max(self.largest, *np.flatnonzero(counts[:IGNORE]), 0)
+        whole = WHOLE.get(f"{self.layout} {title.split()[-1]}", len(source))
+        of_set = f"; the whole set has {whole:,}" if whole != len(source) else ""
+        numbers = numbers_text(counts, "labels" if reader is of_pairs else "objects")
+        pixels = span([size for _, size in sorted(sizes)])
+        self.say(title, f"{about(source)}{of_set}; {len(sizes)} read, {pixels} pixels{numbers}")
+        if bad:
+            self.say("unreadable", f"{len(bad)} of {len(chosen)}, such as {bad[0]}; more than --max_bad (a "
+                     "hundredth) end a script")
+        return source
+
+    def runs(self, command: str, *needed) -> None:
+        """The command can run if all that it needs could be opened."""
+        if None not in needed:
+            self.commands.append(command)
 
 
 # ------------------------------------------------- layouts
@@ -57,9 +214,9 @@ def layout_of(root: Path) -> tuple[str, set[str]]:
     """The layout whose signs a folder has, and the names of its parts that are signs; "folder" is images of
     any kind."""
     for layout, signs in SIGNS.items():
-        parts = {found.relative_to(root).parts[0] for sign in signs for found in root.glob(sign)}
-        if parts:
-            return layout, parts
+        found = [path for sign in signs for path in root.glob(sign)]
+        if found:
+            return layout, {path.relative_to(root).parts[0] for path in found}
     return "folder", set()
 
 
@@ -116,16 +273,15 @@ def say_classes(screen: Screen, root: Path, train, val=None, chosen: str | None 
     if not train.classes:
         return
     names = given_names(root)
-    titled = [f"{c} ({names[c]})" if c in names else str(c) for c in train.classes]
-    counts = Counter(train.labels).values()
-    many = " to ".join(dict.fromkeys([str(min(counts)), str(max(counts))]))
-    screen.say("classes", f"{few(titled)}; {many} images each")
-    empty = set()
+    titled = [f"{c} ({names[c]})" if c in names else c for c in train.classes]
+    counts = sorted(Counter(train.labels).values())
+    screen.say("classes", f"{few(titled)}; {span(list(map(str, counts)))} images each")
+    empty = []
     if hasattr(train, "root") and not isinstance(train, MiniImageNet) and not chosen:
         folders = {path.name for path in Path(train.root).glob("[!.]*/")}
-        empty |= {f"train/{name}" for name in folders - set(train.classes)}
+        empty += [f"train/{name}" for name in folders - set(train.classes)]
     if val is not None and val.classes:
-        empty |= {f"val/{name}" for name in set(train.classes) - set(val.classes)}
+        empty += [f"val/{name}" for name in set(train.classes) - set(val.classes)]
     if empty:
         screen.say("empty", f"no image in {few(sorted(empty))}")
 
@@ -192,9 +348,11 @@ def see_labels(screen: Screen, root: Path, args, layout: str | None = None) -> N
 def say_lonely(screen: Screen, pairs: Pairs) -> None:
     """Labels that belong to no image."""
     labels = {pair.label for pair in pairs.pairs}
-    there = {path for folder in {label.parent for label in labels} for path in folder.glob("[!.]*.png")}
-    if there - labels:
-        screen.say("alone", f"masks without an image: {few(sorted(path.name for path in there - labels))}")
+    folders = {label.parent for label in labels}
+    there = {path for folder in folders for path in folder.glob("[!.]*.png")}
+    lonely = sorted(path.name for path in there - labels)
+    if lonely:
+        screen.say("alone", f"masks without an image: {few(lonely)}")
 
 
 def see_davis(screen: Screen, root: Path, args) -> None:
@@ -203,8 +361,8 @@ def see_davis(screen: Screen, root: Path, args) -> None:
         left_out = Counter()
         own = argparse.Namespace(
             video=None, davis=root, split=split, sequences=None, ckpt=["mmc.pth"], overlay=False)
-        clips = screen.split(split, partial(find_clips, own, left_out), of_clips,
-                             partial(about_clips, "DAVIS", left_out=left_out))
+        about = partial(about_clips, "DAVIS", left_out=left_out)
+        clips = screen.split(split, partial(find_clips, own, left_out), of_clips, about)
         screen.runs(f"davis.py --ckpt mmc.pth --davis {screen.path} --split {split}", clips)
 
 
@@ -218,13 +376,14 @@ SEE = {
 def say_level(screen: Screen, root: Path, own: set[str]) -> None:
     """Sets that lie above or below, and archives.  own: parts of the set that was seen."""
     root = root.resolve()
-    for above in root.parents[:3] if screen.layout == "folder" else ():
-        layout, parts = layout_of(above)
-        if root.relative_to(above).parts[0] in parts:
-            screen.say("level", f"this is a part of {above}, {layout}")
-            break
-    if root.parent.name in SPLITS and screen.layout == "folder":
-        screen.say("level", f"this is one class of {root.parent}")
+    if screen.layout == "folder":
+        for above in root.parents[:3]:
+            layout, parts = layout_of(above)
+            if root.relative_to(above).parts[0] in parts:
+                screen.say("level", f"this is a part of {above}, {layout}")
+                break
+        if root.parent.name in SPLITS:
+            screen.say("level", f"this is one class of {root.parent}")
     if root.name in SPLITS - {"train"} and has_splits(root.parent):
         screen.say("level", f"this is one split of {root.parent}")
     below = []
@@ -280,3 +439,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.sheet and Path(args.sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
         raise Mistake(f"--sheet {args.sheet}: expected a name that ends in .png, .jpg or .webp")
     return args
+
+
+if __name__ == "__main__":
+    run.script(main, get_args)
