@@ -29,7 +29,6 @@ from scenes import VOC_NAMES, Coco, find_voc, read_voc_list
 Array = np.ndarray
 
 IGNORE = 255
-LONGEST = 10                              # times the short side: resized, a longer strip fills the memory
 CITY_CLASSES = {                          # by their number in *_labelIds.png
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic_light",
     20: "traffic_sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
@@ -215,17 +214,15 @@ class Pairs:
         return str(self.pairs[i].image)
 
     def read(self, i: int) -> tuple[Tensor, Tensor]:
-        """(3, H, W) uint8, (H, W) uint8.  Raises BadImage, also for a strip, where image and label differ in
-        size, and for a number that is no class."""
+        """(3, H, W) uint8, (H, W) uint8.  Raises BadImage, also where image and label differ in size, and for
+        a number that is no class."""
         pair = self.pairs[i]
         image = read_image(pair.image, upright=False)
-        H, W = image.shape[1:]
-        if max(H, W) > LONGEST * min(H, W):
-            raise BadImage(f"{pair.image}: {W} x {H} pixels; expected sides of a ratio of {LONGEST} at most")
+        size = image.shape[1:]
         numbers = self.coco.label(i) if self.coco else read_numbers(pair.label)
-        if numbers.shape != (H, W):
+        if numbers.shape != size:
             raise BadImage(f"{pair.label}: shape {numbers.shape}, expected one number for each pixel, "
-                           f"{(H, W)}")
+                           f"{tuple(size)}")
         label = pair.table[numbers.clip(0, 255)]
         limit = len(self.classes) or IGNORE
         wrong = (numbers < 0) | (numbers > 255) | ((label >= limit) & (label != IGNORE))
@@ -243,19 +240,17 @@ def augment(image: Tensor, label: Tensor, crop: int, g: torch.Generator) -> tupl
     image = resize_short(image, round(crop * (0.5 + 1.5 * scale)), "bilinear")
     H, W = image.shape[1:]
     label = F.interpolate(label[None, None], size=(H, W), mode="nearest-exact")[0, 0]
-    beyond_right = max(0, crop - W)
-    beyond_bottom = max(0, crop - H)
-    image = F.pad(image, [0, beyond_right, 0, beyond_bottom])
-    label = F.pad(label, [0, beyond_right, 0, beyond_bottom], value=IGNORE)
+    beyond = [0, max(0, crop - W), 0, max(0, crop - H)]
+    image = F.pad(image, beyond)
+    label = F.pad(label, beyond, value=IGNORE)
 
-    top = int(down * (H + beyond_bottom - crop + 1))
-    left = int(right * (W + beyond_right - crop + 1))
-    image = image[:, top:top + crop, left:left + crop]
-    label = label[top:top + crop, left:left + crop]
+    top = int(down * (max(0, H - crop) + 1))
+    left = int(right * (max(0, W - crop) + 1))
+    both = torch.cat([image, label[None]])                             # (4, H, W)
+    both = both[:, top:top + crop, left:left + crop]
     if mirror < 0.5:
-        image = image.flip(-1)
-        label = label.flip(-1)
-    return distort(image, colour), label.contiguous()
+        both = both.flip(-1)
+    return distort(both[:3], colour), both[3].contiguous()
 
 
 def distort(image: Tensor, draws: list[float]) -> Tensor:
