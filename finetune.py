@@ -19,6 +19,7 @@ Signals, NaN and unreadable images as in pretrain.py; exit codes in run.py.
 
 Shapes: B images of a step per rank, S pixels of a side, C classes."""
 import argparse
+import copy
 import math
 import re
 import time
@@ -66,7 +67,7 @@ OF_EVAL = set("""eval data val_data val_split classes data_root download size ba
 def build(args, ckpt: str, classes: int) -> tuple[argparse.Namespace, Classifier]:
     """The options of one checkpoint's run, and the network that it begins with.  Raises Mistake."""
     vit, about = checkpoint.load_backbone(ckpt, args.checkpoint_key, args.num_heads)
-    own = argparse.Namespace(**vars(args))
+    own = copy.copy(args)
     own.ckpt = ckpt
     own.weights = checkpoint.digest(vit)
     own.size = crop_size(vit.patch_size, args.size)
@@ -321,7 +322,7 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
     model = model.to(device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
-    first = training.resume(args, get_parser(), MAY_CHANGE, {"model": model}, optimizer)
+    first = training.resume(args, MAY_CHANGE, {"model": model}, optimizer)
 
     def save(step: int) -> None:
         checkpoint.save(Path(args.output_dir) / "last.pth", guard.content() | {

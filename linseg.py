@@ -16,6 +16,7 @@ BatchNorm is synchronised.
 
 Shapes: B images, H x W pixels, h x w tokens, D width of all blocks together, C classes, W ranks."""
 import argparse
+import copy
 import math
 import time
 from collections import OrderedDict
@@ -294,7 +295,7 @@ def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 
 # ------------------------------------------------- one run per checkpoint
 def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> argparse.Namespace:
     """The options of the run of one checkpoint.  Raises Mistake for what its network cannot do."""
-    own = argparse.Namespace(**vars(args))
+    own = copy.copy(args)
     own.ckpt = ckpt
     own.layout = train.layout
     own.blocks = args.blocks or default_blocks(vit.depth)
@@ -321,9 +322,7 @@ def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> N
         probe = nn.SyncBatchNorm.convert_sync_batchnorm(probe)
     probe = probe.to(device)
     optimizer = torch.optim.AdamW(probe.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    parser = run.Parser()
-    add_options(parser)
-    first = training.resume(args, parser, MAY_CHANGE, {"head": probe.head}, optimizer)
+    first = training.resume(args, MAY_CHANGE, {"head": probe.head}, optimizer)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
     say(", ".join(f"{name} {value}" for name, value in protocol.items()))
     say(f"test windows of {args.crop} every {test_stride(args.crop)}; writes {args.output_dir}")

@@ -315,7 +315,6 @@ def get_args(argv=None) -> argparse.Namespace:
     if p.parse_args(argv).data in (None, "toy"):
         p.set_defaults(**TOY)
     args = p.parse_args(argv)
-    args.parser = p
     args.arch = ALIASES.get(args.arch, args.arch)
     if args.epochs is None:
         args.epochs = PAPER_EPOCHS.get(args.arch, 500)
@@ -405,7 +404,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups(student, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
     parts = {"student": student, "teacher": teacher}
-    first = training.resume(args, args.parser, MAY_CHANGE, parts, optimizer)
+    first = training.resume(args, MAY_CHANGE, parts, optimizer)
 
     def save(step: int) -> None:
         save_run(args, student, teacher, optimizer, step, batches.per_epoch)

@@ -2,7 +2,6 @@
 
 The guard looks after NaN, unreadable images, signals, saves and the log, the same on all ranks.  last.pth
 holds "step", "options", "optimizer" and the state of each network, by its name."""
-import argparse
 import json
 import math
 import os
@@ -40,15 +39,14 @@ def on_all_ranks(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 # ------------------------------------------------- the folder of a run
-def resume(args, parser: argparse.ArgumentParser, may_change: set[str], parts: dict[str, nn.Module],
-           optimizer: torch.optim.Optimizer) -> int:
+def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
     """Claim args.output_dir, and go on from the last.pth in it, if there is one.  Returns the steps done.
 
     may_change: options that may differ, besides MAY_CHANGE.  parts: networks, by their names in the file.
     The rates and decays of the optimizer are those of this run.  Raises Mistake."""
     path = Path(args.output_dir) / "last.pth"
     last = checkpoint.load(path) if os.path.exists(path) else None
-    claim_folder(args, parser, may_change, last)
+    claim_folder(args, may_change, last)
     if last is not None:
         stored = last["optimizer"]
         groups = optimizer.state_dict()["param_groups"]
@@ -61,11 +59,11 @@ def resume(args, parser: argparse.ArgumentParser, may_change: set[str], parts: d
     return last["step"] if last else 0
 
 
-def claim_folder(args, parser: argparse.ArgumentParser, may_change: set[str], last: dict | None) -> None:
+def claim_folder(args, may_change: set[str], last: dict | None) -> None:
     """Claim args.output_dir for this run, before any work.  last: what its last.pth holds, or None.
 
     A folder whose run had other options is refused, with their names, unless all of them may change or
-    --force is given.  An option that the stored run did not know counts as its default.  Raises Mistake."""
+    --force is given.  Raises Mistake."""
     folder = Path(args.output_dir)
     with writing(folder, "--output_dir "):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +78,7 @@ def claim_folder(args, parser: argparse.ArgumentParser, may_change: set[str], la
         raise Mistake(f"{folder}/last.pth: not written by this script; give another --output_dir")
     changes = []
     for name, value in options_of(args).items():
-        before = last["options"].get(name, parser.get_default(name))
+        before = last["options"].get(name, value)                      # it may not have known this option
         if before != value and name not in MAY_CHANGE | may_change:
             changes.append(f"--{name} {before} -> {value}")
     changed = ", ".join(changes)
@@ -192,7 +190,7 @@ class Guard:
         self.rates = rates
         for batch in batches:
             self.images_seen += len(batch["index"]) * world_size()
-            self.note_bad([i for i in batch["bad"].tolist() if i >= 0])
+            self.note_bad({i for i in batch["bad"].tolist() if i >= 0})
         finite = torch.stack([values["loss"], values["grad_norm"]]).isfinite().all()
         save_asked = is_main() and time.time() - self.saved >= self.save_seconds
         flags = torch.tensor([self.stop.asked > 0, len(self.bad), save_asked, 0], dtype=torch.float32)
@@ -232,14 +230,14 @@ class Guard:
         end(f"rank {distributed.rank()}: {what}; nothing of this step was kept, last.pth is as it was: lower "
             "--lr, or look at these files", run.NOT_FINITE, together=True)
 
-    def note_bad(self, indices: list[int]) -> None:
+    def note_bad(self, numbers: set[int]) -> None:
         """Name unreadable images in bad_images.txt, each once."""
-        new = {self.images.name(i) for i in indices if i not in self.bad}
-        self.bad.update(indices)
-        if new := new - bad_names(self.folder):
-            path = self.folder / "bad_images.txt"
+        names = {self.images.name(i) for i in numbers - self.bad}
+        self.bad |= numbers
+        path = self.folder / "bad_images.txt"
+        if names:
             with writing(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as f:
-                f.writelines(name + "\n" for name in sorted(new))
+                f.writelines(name + "\n" for name in sorted(names - bad_names(self.folder)))
 
     def after_step(self, step: int) -> None:
         """Log, save, evaluate, and only then stop where a signal asked for it.  step: steps done so far."""

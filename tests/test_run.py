@@ -123,21 +123,19 @@ def test_files_to_write_are_tried_first(tmp_path):
 
 def test_other_options_are_refused_and_new_ones_are_not(tmp_path):
     stored = {"step": 3, "options": training.options_of(args_of(tmp_path))}
-    training.claim_folder(args_of(tmp_path), parser(), set(), stored)
+    training.claim_folder(args_of(tmp_path), set(), stored)
     with pytest.raises(Mistake, match="--width 8 -> 9; give another --output_dir"):
-        training.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
-    training.claim_folder(args_of(tmp_path, "--width", "9"), parser(), {"width"}, stored)
-    training.claim_folder(args_of(tmp_path, "--width", "9", "--force"), parser(), {"force"}, stored)
+        training.claim_folder(args_of(tmp_path, "--width", "9"), set(), stored)
+    training.claim_folder(args_of(tmp_path, "--width", "9"), {"width"}, stored)
+    training.claim_folder(args_of(tmp_path, "--width", "9", "--force"), set(), stored)
     del stored["options"]["width"]                                     # a run from before this option
-    training.claim_folder(args_of(tmp_path), parser(), set(), stored)
-    with pytest.raises(Mistake, match="--width 8 -> 9"):
-        training.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
+    training.claim_folder(args_of(tmp_path, "--width", "9"), set(), stored)
     with pytest.raises(Mistake, match="not written by this script"):
-        training.claim_folder(args_of(tmp_path), parser(), set(), {"step": 1, "options": "x"})
+        training.claim_folder(args_of(tmp_path), set(), {"step": 1, "options": "x"})
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
-    training.claim_folder(args_of(tmp_path), parser(), set(), None)
+    training.claim_folder(args_of(tmp_path), set(), None)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from pathlib import Path\n"
             f"try: run.lock(Path({str(tmp_path)!r}))\nexcept run.Mistake as e: print(e)")
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -147,7 +145,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(Mistake, match="--output_dir .*file: cannot be written"):
-        training.claim_folder(args_of(tmp_path / "file"), parser(), set(), None)
+        training.claim_folder(args_of(tmp_path / "file"), set(), None)
 
 
 def test_a_new_run_does_not_take_over_the_lines_of_a_dead_one(tmp_path):
