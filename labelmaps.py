@@ -10,6 +10,7 @@ Samples(train, crop=512, seed=0) is an endless stream of augmented training crop
 uniform(0.5, 2), a random crop, mirrored or not, photometric distortion.
 
 Shapes: H x W pixels, C classes."""
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -90,23 +91,22 @@ def images_in(folder: Path, left_out: Counter) -> list[Path]:
     return [Path(file) for file in sorted(files)]
 
 
-def same_names(images: Path, labels: Path, left_out: Counter) -> list[Pair]:
+def same_names(images: Path, labels: Path, table: Array, left_out: Counter) -> list[Pair]:
     """Each image of a folder, nested or not, with the label of the same name in another folder."""
     pairs = []
     for image in images_in(images, left_out):
         label = labels / image.relative_to(images)
-        pairs.append(Pair(image, label.with_suffix(".png")))
+        pairs.append(Pair(image, label.with_suffix(".png"), table))
     return pairs
 
 
 def find_pairs(root: Path, split: str, left_out: Counter) -> list[Pair]:
-    return same_names(root / "images" / split, root / "labels" / split, left_out)
+    return same_names(root / "images" / split, root / "labels" / split, CLASSES_ALREADY, left_out)
 
 
 def find_ade20k(root: Path, split: str, left_out: Counter) -> list[Pair]:
     folder = "training" if split == "train" else "validation"
-    pairs = same_names(root / "images" / folder, root / "annotations" / folder, left_out)
-    return [pair._replace(table=ADE20K) for pair in pairs]
+    return same_names(root / "images" / folder, root / "annotations" / folder, ADE20K, left_out)
 
 
 def find_cityscapes(root: Path, split: str, left_out: Counter) -> list[Pair]:
@@ -165,18 +165,16 @@ class CocoLabels(Coco):
     def label(self, i: int) -> Array:
         """(H, W) uint8: 0 = background, 1 ... 80 = the categories in the order of their ids.  Where objects
         overlap, the smaller is on top [D].  A crowd region lies below all objects and is not scored."""
-        H = self.images[i]["height"]
-        W = self.images[i]["width"]
+        def area(named: tuple[str, Array]) -> float:
+            name, mask = named
+            return math.inf if name == "crowd" else mask.sum()
+
+        size = self.images[i]["height"], self.images[i]["width"]
+        label = np.zeros(size, np.uint8)
         number = {name: k for k, name in enumerate(self.categories, start=1)}
-        label = np.zeros(H * W, np.uint8)
-        area_on_top = np.full(H * W, H * W + 1)
-        for name, mask in self.objects(i):
-            pixels = np.flatnonzero(mask)
-            area = H * W + 1 if name == "crowd" else len(pixels)
-            pixels = pixels[area <= area_on_top[pixels]]
-            label[pixels] = number.get(name, IGNORE)
-            area_on_top[pixels] = area
-        return label.reshape(H, W)
+        for name, mask in sorted(self.objects(i), key=area, reverse=True):
+            label[mask] = number.get(name, IGNORE)
+        return label
 
 
 # ------------------------------------------------- one split of a set
