@@ -22,7 +22,6 @@ import argparse
 import copy
 import math
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -165,13 +164,10 @@ class Tester(Guard):
         if step > 0 and (rest == 0 or epoch >= self.args.epochs):
             self.end_epoch(epoch)
 
-    def end_epoch(self, epoch: int) -> None:
-        super().end_epoch(epoch)
-        if epoch % self.args.eval_every == 0 or epoch >= self.args.epochs:
-            self.test(epoch)
+    def due(self, epoch: int) -> bool:
+        return epoch % self.args.eval_every == 0 or epoch >= self.args.epochs
 
-    def test(self, epoch: int) -> None:
-        began = time.time()
+    def evaluate(self, epoch: int) -> None:
         self.answers = predict(self.model, self.val, self.args, self.device)
         top1 = self.answers.top1
         say(f"epoch {epoch}: top-1 {top1:.2f} %")
@@ -180,7 +176,6 @@ class Tester(Guard):
             checkpoint.save(self.folder / "best.pth", self.content() | {
                 "step": epoch * self.steps_per_epoch, "top1": top1})
         self.write({"epoch": epoch, "top1": top1})
-        self.evaluating += time.time() - began
 
     def content(self) -> dict:
         return classifier.content_of(self.model, self.val.classes, self.args.size)

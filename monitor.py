@@ -8,7 +8,6 @@ the last save appear twice, with the same values.  Each evaluation adds a line w
 (k = 10) and, in the toy world, prompt_iou, all in percent."""
 import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -96,18 +95,13 @@ class Monitor(Guard):
         """Evaluate the untrained teacher, or what a killed run did not come to evaluate."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         done = [line["epoch"] for line in self.evaluations()]
-        asked = epoch == 0 or self.due(epoch)
-        if rest == 0 and asked and epoch not in done:
-            self.evaluate(epoch)
+        if rest == 0 and epoch not in done:
+            self.end_epoch(epoch)
 
     def due(self, epoch: int) -> bool:
+        """Before the first epoch and after every --knn_every; `finish` evaluates after the last."""
         every = self.args.knn_every
-        return every > 0 and epoch % every == 0 and epoch < self.args.epochs
-
-    def end_epoch(self, epoch: int) -> None:
-        super().end_epoch(epoch)
-        if self.due(epoch):
-            self.evaluate(epoch)
+        return epoch == 0 or (every > 0 and epoch % every == 0 and epoch < self.args.epochs)
 
     # ---- while it trains
     def after_step(self, step: int) -> None:
@@ -155,7 +149,6 @@ class Monitor(Guard):
         """{"knn_cls", "knn_pat", "prompt_iou"} in percent, as far as the data allow; said, logged, drawn."""
         if not is_main():
             return {}
-        began = time.time()
         self.backbone.eval()
         result = {}
         if self.knn_pair:
@@ -171,7 +164,6 @@ class Monitor(Guard):
             self.write({"epoch": epoch, **result})
         self.draw()
         self.backbone.train()
-        self.evaluating += time.time() - began
         return result
 
     def knn(self, backbone: ViT) -> dict[str, float]:

@@ -36,7 +36,6 @@ from monitor import Monitor, similarities, test_images
 from run import Mistake, above, at_least, between, count, number, plural, share
 from training import global_lr
 
-PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
@@ -317,7 +316,7 @@ def get_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.arch = ALIASES.get(args.arch, args.arch)
     if args.epochs is None:
-        args.epochs = PAPER_EPOCHS.get(args.arch, 500)
+        args.epochs = 400 if args.arch == "vit_b" else 500             # the paper's
     if args.drop_align is None:
         args.drop_align = args.patch_size
     if args.global_crops_scale is None:

@@ -283,10 +283,18 @@ class Guard:
             self.board.flush()
 
     def end_epoch(self, epoch: int) -> None:
-        """Report this epoch's unreadable images, then count anew.  A subclass evaluates here."""
+        """Report this epoch's unreadable images, count anew, and evaluate where that is due."""
         if self.bad:
             say(f"epoch {epoch}: {len(self.bad)} unreadable images replaced: {self.folder}/bad_images.txt")
         self.bad = set()
+        if self.due(epoch):
+            began = time.time()
+            self.evaluate(epoch)
+            self.evaluating += time.time() - began
+
+    def due(self, epoch: int) -> bool:
+        """Is there an evaluation after this epoch?  A subclass says when, and has `evaluate`."""
+        return False
 
     def finish(self) -> None:
         """After the last step; a signal that came too late for the loop ends the script now."""
