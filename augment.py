@@ -132,11 +132,7 @@ def three_augment(image: Tensor, g: Generator) -> Tensor:
     return tvf.adjust_saturation(image, saturation)
 
 
-def unchanged(image: Tensor, g: Generator) -> Tensor:
-    return image
-
-
-AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": unchanged}
+AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": lambda image, g: image}
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:

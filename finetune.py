@@ -33,13 +33,12 @@ from torch import Tensor, nn
 
 import checkpoint
 import classifier
-import data
 import figure
 import run
 import training
 from augment import AUGMENTS, mix, soft_targets
 from classifier import HEADS, Classifier, of_each_class, open_pair, predict, report
-from data import Batches, Views, seed_of
+from data import Batches, Views, evenly, seed_of
 from distributed import fast_precision, is_main, rank, say, world_size
 from images import centre_crop, crop_size, normalize, to_device
 from masking import random_resized_crop
@@ -135,7 +134,7 @@ def picture(images, args, n: int = 4, draws: int = 5) -> Image.Image:
     """Rows of training images: the test crop, then several draws of the augmentation."""
     views = views_of(images, args)
     rows = []
-    for i in data.evenly(n, len(images)):
+    for i in evenly(n, len(images)):
         drawn = [views[epoch, i] for epoch in range(draws)]
         read = drawn[0]["read"]                        # image i, or the next that is readable
         crops = {"test": centre_crop(images.read(read), args.size, round(args.size * 256 / 224))}
@@ -348,8 +347,8 @@ def main(args: argparse.Namespace) -> None:
     for own, model in runs:
         if precision == "auto":                        # what is faster depends on the network's width
             own.precision = fast_precision(device, model.backbone.embed_dim)
-        own.images = f"{len(images)} ({data.digest(images)})"
-        own.test_images = f"{len(val)} ({data.digest(val)})"
+        own.images = training.fingerprint(images)
+        own.test_images = training.fingerprint(val)
         fine_tune(own, model, images, val, device)
 
 

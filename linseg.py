@@ -308,7 +308,7 @@ def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> arg
         own.output_dir = f"out/linseg/{name}-{train.layout}"
     elif len(args.ckpt) > 1:
         own.output_dir = f"{args.output_dir}/{name}"
-    own.images = f"{len(train)} ({data.digest(train)})"
+    own.images = training.fingerprint(train)
     own.weights = checkpoint.digest(vit)
     return own
 

@@ -16,6 +16,7 @@ import copy
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import data
 import run
 import training
 from data import Batches, Views, open_images, seed_of
@@ -170,7 +170,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def save_run(args, student: MMC, teacher: MMC, optimizer, step: int, per_epoch: int) -> None:
+def save_run(args, student: MMC, teacher: MMC, optimizer, per_epoch: int, step: int) -> None:
     """last.pth: all that a run needs to go on.  backbone.pth: the teacher's ViT with its architecture."""
     folder, arch = Path(args.output_dir), teacher.backbone.config
     checkpoint.save(folder / "last.pth", {
@@ -372,7 +372,7 @@ def crops(args) -> MultiCrop:
     return MultiCrop(augmentation, corruption, args.patch_size)
 
 
-def describe(args, images, batches: Batches, block: int) -> str:
+def describe(args, batches: Batches, block: int) -> str:
     """The launch line."""
     accum = f" x {args.accum}" if args.accum > 1 else ""
     ranks = f"{world_size()} ranks x " if world_size() > 1 else ""
@@ -392,11 +392,11 @@ def main(args: argparse.Namespace) -> None:
     say(f"{args.data}: {images.about}" + (f"; listed in {seconds:.0f} s" if seconds > 1 else ""))
     if val is not None:
         say(f"val: {val.about}")
-    args.images = f"{len(images)} ({data.digest(images)})"             # stored: a resume compares them
+    args.images = training.fingerprint(images)
     transform = crops(args)
     batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
                       pin=device.type == "cuda")
-    say(describe(args, images, batches, transform.largest_block))
+    say(describe(args, batches, transform.largest_block))
 
     student, teacher = networks(args, device)
     untrained = copy.deepcopy(teacher.backbone)
@@ -405,9 +405,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {"student": student, "teacher": teacher}
     first = training.resume(args, MAY_CHANGE, parts, optimizer)
 
-    def save(step: int) -> None:
-        save_run(args, student, teacher, optimizer, step, batches.per_epoch)
-
+    save = partial(save_run, args, student, teacher, optimizer, batches.per_epoch)
     monitor = Monitor(args, images, val, device, batches.per_epoch, save, student, teacher, untrained)
     monitor.begin(first)
     network = training.on_all_ranks(student, device)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import run
-from data import LoaderDied
+from data import LoaderDied, digest
 from distributed import is_main, say, world_size
 from run import Mistake, end, writing
 
@@ -39,6 +39,11 @@ def on_all_ranks(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 # ------------------------------------------------- the folder of a run
+def fingerprint(images) -> str:
+    """Which images: stored with the options, so that a resume compares them."""
+    return f"{len(images)} ({digest(images)})"
+
+
 def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
     """Claim args.output_dir, and go on from the last.pth in it, if there is one.  Returns the steps done.
 
