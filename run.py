@@ -173,8 +173,10 @@ def writing(path: str | os.PathLike, option: str = ""):
 
 def check_outputs(args, *names: str) -> None:
     """Try the files that the options ask to write, now and not after hours of work.  Raises Mistake."""
-    for name in [name for name in names if getattr(args, name, None)]:
-        given = getattr(args, name)
+    for name in names:
+        given = getattr(args, name, None)
+        if not given:
+            continue
         path = Path(given)
         if name in ("picture", "similarity", "out") and path.suffix.lower() not in (".png", ".jpg", ".webp"):
             raise Mistake(f"--{name} {given}: expected a name that ends in .png, .jpg or .webp")
@@ -249,4 +251,3 @@ def commit() -> str | None:
     with suppress(OSError):
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return found.stdout.strip() or None
-    return None
