@@ -107,7 +107,7 @@ class Monitor(Guard):
     def after_step(self, step: int) -> None:
         super().after_step(step)
         on_cpu = self.device.type == "cpu" and self.args.data != "toy"
-        if on_cpu and step == self.bar.initial + 10:
+        if on_cpu and step == self.first + 10:
             minutes = self.images_seen / 10 * self.steps_per_epoch / self.speed() / 60
             days = minutes * self.args.epochs / (24 * 60)
             line = f"an epoch takes about {minutes:.1f} minutes on this machine"

@@ -166,6 +166,8 @@ class Guard:
     def steps(self, loader: Iterable, first: int, last: int) -> Iterator:
         """What the loader gives for the steps from `first` to before `last`, under a progress bar.  When a
         loader process dies, what is trained until then is saved."""
+        self.first = first
+        self.last = last
         self.bar = tqdm(total=last, initial=first, disable=not is_main(), unit="step", mininterval=1,
                         dynamic_ncols=True)
         try:
@@ -251,7 +253,7 @@ class Guard:
         if step % self.args.log_every == 0 or rest == 0:
             self.log(step)
         due = rest == 0 or self.save_asked or step % self.save_steps == 0
-        last = step in (self.args.stop_at, self.bar.total)
+        last = step in (self.args.stop_at, self.last)
         if due or last or self.stopping:
             self.settle()                                              # nothing is saved unchecked
             self.save(step)

@@ -178,7 +178,7 @@ def test_a_cpu_tells_how_long_an_epoch_takes(capsys, monkeypatch, speed, said):
     watch = object.__new__(monitor.Monitor)
     watch.args = Namespace(data="photos", epochs=20)
     watch.device = torch.device("cpu")
-    watch.bar = Namespace(initial=3)
+    watch.first = 3
     watch.images_seen = 480
     watch.steps_per_epoch = 10
     watch.speed = lambda: speed
