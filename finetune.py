@@ -320,7 +320,10 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
 
     def save(step: int) -> None:
         checkpoint.save(Path(args.output_dir) / "last.pth", guard.content() | {
-            "step": step, "optimizer": optimizer.state_dict(), "options": training.options_of(args)})
+            "step": step,
+            "options": training.options_of(args),
+            "optimizer": optimizer.state_dict(),
+        })
 
     guard = Tester(args, images, device, batches.per_epoch, save)
     guard.begin(first, model.train(), val)
