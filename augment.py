@@ -98,24 +98,22 @@ def solarize_add(image: Tensor, amount: int) -> Tensor:
     return torch.where(image < 128, brighter, image)
 
 
-def rand_augment(
-    image: Tensor, g: Generator, n: int = 2, magnitude: float = 9.0, std: float = 0.5, p: float = 0.5
-) -> Tensor:
-    """(3, S, S) uint8 -> the same: n operations drawn with replacement, each applied with probability p."""
-    for _ in range(n):
+def rand_augment(image: Tensor, g: Generator) -> Tensor:
+    """(3, S, S) uint8 -> the same: two operations drawn with replacement, each applied half of the time."""
+    for _ in range(2):
         r_apply, r_name, r_sign = torch.rand(3, generator=g).tolist()
         noise = torch.randn((), generator=g).item()
-        if r_apply < p:
+        if r_apply < 0.5:
             name = RAND_OPS[int(r_name * len(RAND_OPS))]
-            m = min(max(magnitude + std * noise, 0.0), 10.0) / 10
+            magnitude = min(max(9 + 0.5 * noise, 0.0), 10.0)
             sign = 1 if r_sign < 0.5 else -1
-            image = rand_op(name, image, m, sign)
+            image = rand_op(name, image, magnitude / 10, sign)
     return image
 
 
-def three_augment(image: Tensor, g: Generator, jitter: float = 0.3) -> Tensor:
+def three_augment(image: Tensor, g: Generator) -> Tensor:
     """(3, S, S) uint8 -> the same: grey, solarised at 128 or blurred (sigma 0.1 to 2), then brightness,
-    contrast and saturation by factors within 1 +- jitter."""
+    contrast and saturation by factors of 0.7 to 1.3."""
     from torchvision.transforms.v2 import functional as tvf
 
     r_which, r_sigma, *r_jitter = torch.rand(5, generator=g).tolist()
@@ -128,17 +126,13 @@ def three_augment(image: Tensor, g: Generator, jitter: float = 0.3) -> Tensor:
         taps = 2 * math.ceil(2 * sigma) + 1
         image = tvf.gaussian_blur(image, [taps, taps], [sigma, sigma])
 
-    brightness, contrast, saturation = [1 + jitter * (2 * r - 1) for r in r_jitter]
+    brightness, contrast, saturation = [1 + 0.3 * (2 * r - 1) for r in r_jitter]
     image = tvf.adjust_brightness(image, brightness)
     image = tvf.adjust_contrast(image, contrast)
     return tvf.adjust_saturation(image, saturation)
 
 
-def unchanged(image: Tensor, g: Generator) -> Tensor:
-    return image
-
-
-AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": unchanged}
+AUGMENTS = {"rand": rand_augment, "three": three_augment, "none": lambda image, g: image}
 
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -62,9 +62,9 @@ def load(path: str) -> tuple[Classifier, dict]:
     """The classifier in a best.pth or last.pth of finetune.py, and the file's content.  Raises Mistake."""
     content = checkpoint.load(path)
     lacking = {"arch", "head", "classes", "size", "model"} - content.keys()
-    if lacking or content["head"] not in HEADS:
-        raise Mistake(f"{path}: holds no classifier (no {', '.join(sorted(lacking)) or 'head of ours'}); "
-                      "expected a best.pth of finetune.py")
+    if lacking:
+        raise Mistake(f"{path}: holds no classifier (no {', '.join(sorted(lacking))}); expected a best.pth "
+                      "of finetune.py")
     backbone, report = checkpoint.read_backbone(path, content, None, None)
     model = Classifier(backbone, len(content["classes"]), content["head"])
     checkpoint.restore(path, [(model, content["model"])])
@@ -169,8 +169,8 @@ def predict(model: Classifier, images, args, device: torch.device) -> Answers:
     return Answers(guess, confidence, unreadable, top1)
 
 
-def worst_classes(answers: Answers, images, n: int = 5) -> list[tuple[float, str, str]]:
-    """(percent right, class, the class that it is most often taken for) of the n classes that do worst."""
+def worst_classes(answers: Answers, images) -> list[tuple[float, str, str]]:
+    """(percent right, class, the class that it is most often taken for) of the five classes that do worst."""
     labels = torch.tensor(images.labels)
     rows = []
     for c, name in enumerate(images.classes):
@@ -180,7 +180,7 @@ def worst_classes(answers: Answers, images, n: int = 5) -> list[tuple[float, str
         wrong = guess[guess != c]
         taken_for = images.classes[wrong.mode()[0]] if len(wrong) else "nothing"
         rows.append((100 - 100 * len(wrong) / len(guess), name, taken_for))
-    return sorted(rows)[:n]
+    return sorted(rows)[:5]
 
 
 def write_predictions(path: str, answers: Answers, images) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from images import EXTENSIONS, BadImage, centre_crop, decoding, pil_to_tensor, read_image
-from run import Mistake, script
+from run import Mistake, plural, script
 from toy import CLASSES, Scene, scene
 
 MAX_STRAYS = 0.1                               # share of images beside the class folders that is left out
@@ -82,10 +82,6 @@ def walk(root: str | os.PathLike, left_out: Counter, only: Container[str] | None
                 yield entry.path
             else:
                 left_out[suffix or "without suffix"] += 1
-
-
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def counted(left_out: Counter) -> str:

@@ -27,10 +27,6 @@ def pick_device(name: str) -> torch.device:
         one_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1
         mps = torch.backends.mps.is_available() and one_rank
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here; use --device cpu")
-    if name == "meta":
-        raise ValueError("it computes nothing; expected auto, cuda, mps or cpu")
     try:
         if name == "cuda":
             name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
@@ -49,14 +45,14 @@ def fast_precision(device: torch.device, width: int = 384) -> str:
     return everywhere("bf16" if faster else "fp32")[0]
 
 
-def bf16_gain(width: int, rows: int = 1024, rounds: int = 5) -> float:
+def bf16_gain(width: int) -> float:
     """How many times faster a product of a ViT's MLP is in bf16 than in float32 on this CPU; a few ms."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(rows, width, dtype=dtype)
+        a = torch.ones(1024, width, dtype=dtype)
         b = torch.ones(width, 4 * width, dtype=dtype)
         times = []
-        for _ in range(1 + rounds):
+        for _ in range(6):
             start = time.perf_counter()
             a @ b
             times.append(time.perf_counter() - start)

@@ -19,10 +19,9 @@ Signals, NaN and unreadable images as in pretrain.py; exit codes in run.py.
 
 Shapes: B images of a step per rank, S pixels of a side, C classes."""
 import argparse
+import copy
 import math
-import os
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -34,17 +33,18 @@ from torch import Tensor, nn
 
 import checkpoint
 import classifier
-import data
 import figure
 import run
+import training
 from augment import AUGMENTS, mix, soft_targets
 from classifier import HEADS, Classifier, of_each_class, open_pair, predict, report
-from data import Batches, Views, seed_of
+from data import Batches, Views, evenly, seed_of
 from distributed import fast_precision, is_main, rank, say, world_size
 from images import centre_crop, crop_size, normalize, to_device
 from masking import random_resized_crop
 from model import ViT, cosine_schedule
-from run import Guard, Mistake, above, at_least, between
+from run import Mistake, above, between, count, number
+from training import Guard, global_lr
 
 RECIPES = {
     "in1k": dict(epochs=100, augment="rand"),
@@ -55,8 +55,8 @@ LINEAR = dict(mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0, layer_decay=1
 PROTOCOL = """recipe linear head epochs warmup_epochs size classes fraction shots val_split batch_size accum
     lr min_lr layer_decay weight_decay clip_grad drop_path mixup cutmix smoothing augment precision
     seed""".split()
-MAY_CHANGE = set("""ckpt checkpoint_key num_heads data val_data data_root download output_dir num_workers
-    max_bad device force save_every log_every stop_at eval_every json predictions""".split())
+MAY_CHANGE = set("""ckpt checkpoint_key num_heads val_data data_root download eval_every json
+    predictions""".split())
 OF_EVAL = set("""eval data val_data val_split classes data_root download size batch_size num_workers max_bad
     device json predictions""".split())
 
@@ -65,7 +65,7 @@ OF_EVAL = set("""eval data val_data val_split classes data_root download size ba
 def build(args, ckpt: str, classes: int) -> tuple[argparse.Namespace, Classifier]:
     """The options of one checkpoint's run, and the network that it begins with.  Raises Mistake."""
     vit, about = checkpoint.load_backbone(ckpt, args.checkpoint_key, args.num_heads)
-    own = argparse.Namespace(**vars(args))
+    own = copy.copy(args)
     own.ckpt = ckpt
     own.weights = checkpoint.digest(vit)
     own.size = crop_size(vit.patch_size, args.size)
@@ -119,16 +119,6 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
     return groups
 
 
-def restore(path: Path, last: dict, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Go on from what a last.pth holds; the decays are those of this run's options.  Raises Mistake."""
-    stored = last["optimizer"]
-    groups = optimizer.state_dict()["param_groups"]
-    if [g["params"] for g in groups] != [g["params"] for g in stored["param_groups"]]:
-        raise Mistake(f"{path}: its run trained other weights (--linear); give another --output_dir")
-    checkpoint.restore(path, [(model, last["model"])])
-    optimizer.load_state_dict(stored | {"param_groups": groups})
-
-
 # ------------------------------------------------- images
 def crop_and_augment(image: Tensor, g: torch.Generator, size: int, augment: str) -> dict[str, Tensor]:
     """A training image: a random crop, mirrored or not, then the recipe's augmentation."""
@@ -144,10 +134,10 @@ def picture(images, args, n: int = 4, draws: int = 5) -> Image.Image:
     """Rows of training images: the test crop, then several draws of the augmentation."""
     views = views_of(images, args)
     rows = []
-    for i in data.evenly(n, len(images)):
+    for i in evenly(n, len(images)):
         drawn = [views[epoch, i] for epoch in range(draws)]
         read = drawn[0]["read"]                        # image i, or the next that is readable
-        crops = {"test": centre_crop(images.read(read), args.size, round(args.size * 256 / 224))}
+        crops = {"test": centre_crop(images.read(read), args.size)}
         for epoch, view in enumerate(drawn):
             crops[f"train, epoch {epoch}"] = view["image"]
         panels = [(title, crop.permute(1, 2, 0).numpy()) for title, crop in crops.items()]
@@ -165,23 +155,18 @@ class Tester(Guard):
         self.val = val
         self.best = -1.0
         path = self.folder / "best.pth"
-        if step == 0:
-            if is_main():
-                path.unlink(missing_ok=True)           # of another run that began here
-            return
-        if path.exists():
+        if step == 0 and is_main():
+            path.unlink(missing_ok=True)               # of another run that began here
+        if step > 0 and path.exists():
             self.best = checkpoint.load(path)["top1"]
         epoch, rest = divmod(step, self.steps_per_epoch)
-        if rest == 0 or epoch >= self.args.epochs:
+        if step > 0 and (rest == 0 or epoch >= self.args.epochs):
             self.end_epoch(epoch)
 
-    def end_epoch(self, epoch: int) -> None:
-        super().end_epoch(epoch)
-        if epoch % self.args.eval_every == 0 or epoch >= self.args.epochs:
-            self.test(epoch)
+    def due(self, epoch: int) -> bool:
+        return epoch % self.args.eval_every == 0 or epoch >= self.args.epochs
 
-    def test(self, epoch: int) -> None:
-        began = time.time()
+    def evaluate(self, epoch: int) -> None:
         self.answers = predict(self.model, self.val, self.args, self.device)
         top1 = self.answers.top1
         say(f"epoch {epoch}: top-1 {top1:.2f} %")
@@ -190,7 +175,6 @@ class Tester(Guard):
             checkpoint.save(self.folder / "best.pth", self.content() | {
                 "step": epoch * self.steps_per_epoch, "top1": top1})
         self.write({"epoch": epoch, "top1": top1})
-        self.evaluating += time.time() - began
 
     def content(self) -> dict:
         return classifier.content_of(self.model, self.val.classes, self.args.size)
@@ -205,19 +189,18 @@ def prepare(parts: list, labels: Tensor, classes: int, step: int, args, device) 
     return mix(normalize(images), targets, rng, args.mixup, args.cutmix)
 
 
-def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, device, first, save) -> None:
+def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, device, first: int) -> None:
     """The loop.  `step` counts over the whole run; everything random is seeded by it, or by the image."""
     last = args.epochs * batches.per_epoch
     lr = cosine_schedule(global_lr(args), args.min_lr, last, round(args.warmup_epochs * batches.per_epoch))
     labels = torch.tensor(guard.images.labels)
     classes = len(guard.val.classes)
-    guard.start_bar(first, last)
 
-    for step, parts in batches.steps(first, last):
+    for step, parts in guard.steps(batches.steps(first, last), first, last):
         torch.manual_seed(seed_of(args.seed, "drop_path", step, rank()))
         x, y = prepare(parts, labels, classes, step, args, device)     # (B, 3, S, S), (B, C)
 
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss = torch.zeros((), device=device)
         for images, targets in zip(x.chunk(args.accum), y.chunk(args.accum), strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -235,26 +218,21 @@ def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, de
             group["lr"] = lr[step] * group["scale"]
         optimizer.step()
 
-        guard.after_step(step + 1, values, rates, len(x), save)
-
-
-def global_lr(args) -> float:
-    return args.lr * args.batch_size * args.accum * world_size() / 256
+        guard.after_step(step + 1)
 
 
 # ------------------------------------------------- options
 def add_recipe(p) -> None:
     a = p.add_argument_group("recipe, Table 7").add_argument
-    number = at_least(0.0)
     a("--recipe", default="transfer", choices=list(RECIPES),
       help="; ".join(f"{name}: {r['epochs']} epochs, {r['augment']}" for name, r in RECIPES.items()))
     a("--linear", action="store_true", help="train the head only: a linear probe, by default with no mixing, "
       "no smoothing, no augmentation but crops and flips")
     a("--head", default="hybrid", choices=HEADS, help="what the Linear reads (paper hybrid)")
-    a("--epochs", type=at_least(1), help="passes over the data (in1k 100, transfer 200)")
+    a("--epochs", type=count, help="passes over the data (in1k 100, transfer 200)")
     a("--warmup_epochs", type=number, default=5, help="linear warm-up (paper 5)")
-    a("--batch_size", type=at_least(1), default=64, help="images per rank and forward (paper 64)")
-    a("--accum", type=at_least(1), default=1, help="forwards per step; multiplies the batch")
+    a("--batch_size", type=count, default=64, help="images per rank and forward (paper 64)")
+    a("--accum", type=count, default=1, help="forwards per step; multiplies the batch")
     a("--lr", type=number, default=5e-4, help="learning rate per 256 images of a step (paper 5e-4)")
     a("--min_lr", type=number, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
     a("--layer_decay", type=above(0.0), help="factor of the rate from one layer to the one below (0.65)")
@@ -270,18 +248,18 @@ def add_recipe(p) -> None:
 def get_parser() -> run.Parser:
     p = run.Parser(description=__doc__)
     a = p.add_argument
-    share = run.ranged(float, lambda v: 0 < v <= 1, "above 0, at most 1")
+    part = run.ranged(float, lambda v: 0 < v <= 1, "above 0, at most 1")
     a("--ckpt", nargs="+", help="checkpoints of any method, or random:ARCH/PATCH for training from scratch")
     a("--eval", metavar="FILE", help="in place of --ckpt: test a best.pth or last.pth of this script")
     run.add_shared(p, "checkpoint_key num_heads data val_data classes data_root download size")
-    a("--val_split", type=share, help="share of each class to test on, where there is no val split; the same "
+    a("--val_split", type=part, help="share of each class to test on, where there is no val split; the same "
       "for every --seed")
-    a("--fraction", type=share, help="train on this share of each class (Fig. 7: 0.1)")
-    a("--shots", type=at_least(1), help="train on this many images of each class (which: by --seed)")
+    a("--fraction", type=part, help="train on this share of each class (Fig. 7: 0.1)")
+    a("--shots", type=count, help="train on this many images of each class (which: by --seed)")
     run.add_shared(p, "num_workers max_bad seed device precision output_dir force save_every stop_at",
                    num_workers=8, precision="auto", output_dir="out/finetune")
-    run.add_shared(p, "log_every json")
-    a("--eval_every", type=at_least(1), default=1, help="epochs between tests; the last is always tested")
+    run.add_shared(p, "log_every tensorboard json")
+    a("--eval_every", type=count, default=1, help="epochs between tests; the last is always tested")
     a("--predictions", metavar="CSV", help="write image, true, predicted, confidence of the last test")
     a("--picture", metavar="PNG", help="write a sheet of the augmentations, and end")
     add_recipe(p)
@@ -337,36 +315,22 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
 
     model = model.to(device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=device.type != "mps")
-
-    path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if os.path.exists(path) else None
-    run.claim_folder(args, get_parser(), MAY_CHANGE, last)
-    first = 0
-    if last is not None:
-        restore(path, last, model, optimizer)
-        first = last["step"]
-        say(f"going on from {path}, step {first}")
-    run.begin_log(args, new=last is None)
-    guard = Tester(args, images, device, batches.per_epoch)
-    guard.begin(first, model.train(), val)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    first = training.resume(args, MAY_CHANGE, {"model": model}, optimizer)
 
     def save(step: int) -> None:
-        checkpoint.save(path, guard.content() | {
-            "step": step, "optimizer": optimizer.state_dict(), "options": run.options_of(args)})
+        checkpoint.save(Path(args.output_dir) / "last.pth", guard.content() | {
+            "step": step,
+            "options": training.options_of(args),
+            "optimizer": optimizer.state_dict(),
+        })
 
-    network = model
-    if world_size() > 1:
-        devices = [device] if device.type == "cuda" else None
-        network = nn.parallel.DistributedDataParallel(model, devices)
-    try:
-        train(network, optimizer, batches, guard, args, device, first, save)
-    except data.LoaderDied:
-        guard.settle()
-        save(guard.bar.n)                              # the steps that are done
-        raise
+    guard = Tester(args, images, device, batches.per_epoch, save)
+    guard.begin(first, model.train(), val)
+    network = training.on_all_ranks(model, device)
+    train(network, optimizer, batches, guard, args, device, first)
     guard.finish()
-    more = {"best": round(guard.best, 3), "n_unreadable_train": len(run.bad_names(args.output_dir))}
+    more = {"best": round(guard.best, 3), "n_unreadable_train": len(training.bad_names(args.output_dir))}
     report(args, guard.answers, val, more, ckpt=args.ckpt, weights=args.weights,
            protocol=protocol, seconds=guard.seconds(), device=device)
 
@@ -386,8 +350,8 @@ def main(args: argparse.Namespace) -> None:
     for own, model in runs:
         if precision == "auto":                        # what is faster depends on the network's width
             own.precision = fast_precision(device, model.backbone.embed_dim)
-        own.images = f"{len(images)} ({data.digest(images)})"
-        own.test_images = f"{len(val)} ({data.digest(val)})"
+        own.images = training.fingerprint(images)
+        own.test_images = training.fingerprint(val)
         fine_tune(own, model, images, val, device)
 
 

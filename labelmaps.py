@@ -10,6 +10,7 @@ Samples(train, crop=512, seed=0) is an endless stream of augmented training crop
 uniform(0.5, 2), a random crop, mirrored or not, photometric distortion.
 
 Shapes: H x W pixels, C classes."""
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,6 @@ from scenes import VOC_NAMES, Coco, find_voc, read_voc_list
 Array = np.ndarray
 
 IGNORE = 255
-LONGEST = 10                              # times the short side: resized, a longer strip fills the memory
 CITY_CLASSES = {                          # by their number in *_labelIds.png
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic_light",
     20: "traffic_sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
@@ -91,23 +91,22 @@ def images_in(folder: Path, left_out: Counter) -> list[Path]:
     return [Path(file) for file in sorted(files)]
 
 
-def same_names(images: Path, labels: Path, left_out: Counter) -> list[Pair]:
+def same_names(images: Path, labels: Path, table: Array, left_out: Counter) -> list[Pair]:
     """Each image of a folder, nested or not, with the label of the same name in another folder."""
     pairs = []
     for image in images_in(images, left_out):
         label = labels / image.relative_to(images)
-        pairs.append(Pair(image, label.with_suffix(".png")))
+        pairs.append(Pair(image, label.with_suffix(".png"), table))
     return pairs
 
 
 def find_pairs(root: Path, split: str, left_out: Counter) -> list[Pair]:
-    return same_names(root / "images" / split, root / "labels" / split, left_out)
+    return same_names(root / "images" / split, root / "labels" / split, CLASSES_ALREADY, left_out)
 
 
 def find_ade20k(root: Path, split: str, left_out: Counter) -> list[Pair]:
     folder = "training" if split == "train" else "validation"
-    pairs = same_names(root / "images" / folder, root / "annotations" / folder, left_out)
-    return [pair._replace(table=ADE20K) for pair in pairs]
+    return same_names(root / "images" / folder, root / "annotations" / folder, ADE20K, left_out)
 
 
 def find_cityscapes(root: Path, split: str, left_out: Counter) -> list[Pair]:
@@ -166,18 +165,16 @@ class CocoLabels(Coco):
     def label(self, i: int) -> Array:
         """(H, W) uint8: 0 = background, 1 ... 80 = the categories in the order of their ids.  Where objects
         overlap, the smaller is on top [D].  A crowd region lies below all objects and is not scored."""
-        H = self.images[i]["height"]
-        W = self.images[i]["width"]
+        def area(named: tuple[str, Array]) -> float:
+            name, mask = named
+            return math.inf if name == "crowd" else mask.sum()
+
+        size = self.images[i]["height"], self.images[i]["width"]
+        label = np.zeros(size, np.uint8)
         number = {name: k for k, name in enumerate(self.categories, start=1)}
-        label = np.zeros(H * W, np.uint8)
-        area_on_top = np.full(H * W, H * W + 1)
-        for name, mask in self.objects(i):
-            pixels = np.flatnonzero(mask)
-            area = H * W + 1 if name == "crowd" else len(pixels)
-            pixels = pixels[area <= area_on_top[pixels]]
-            label[pixels] = number.get(name, IGNORE)
-            area_on_top[pixels] = area
-        return label.reshape(H, W)
+        for name, mask in sorted(self.objects(i), key=area, reverse=True):
+            label[mask] = number.get(name, IGNORE)
+        return label
 
 
 # ------------------------------------------------- one split of a set
@@ -215,17 +212,15 @@ class Pairs:
         return str(self.pairs[i].image)
 
     def read(self, i: int) -> tuple[Tensor, Tensor]:
-        """(3, H, W) uint8, (H, W) uint8.  Raises BadImage, also for a strip, where image and label differ in
-        size, and for a number that is no class."""
+        """(3, H, W) uint8, (H, W) uint8.  Raises BadImage, also where image and label differ in size, and for
+        a number that is no class."""
         pair = self.pairs[i]
         image = read_image(pair.image, upright=False)
-        H, W = image.shape[1:]
-        if max(H, W) > LONGEST * min(H, W):
-            raise BadImage(f"{pair.image}: {W} x {H} pixels; expected sides of a ratio of {LONGEST} at most")
+        size = image.shape[1:]
         numbers = self.coco.label(i) if self.coco else read_numbers(pair.label)
-        if numbers.shape != (H, W):
+        if numbers.shape != size:
             raise BadImage(f"{pair.label}: shape {numbers.shape}, expected one number for each pixel, "
-                           f"{(H, W)}")
+                           f"{tuple(size)}")
         label = pair.table[numbers.clip(0, 255)]
         limit = len(self.classes) or IGNORE
         wrong = (numbers < 0) | (numbers > 255) | ((label >= limit) & (label != IGNORE))
@@ -243,19 +238,17 @@ def augment(image: Tensor, label: Tensor, crop: int, g: torch.Generator) -> tupl
     image = resize_short(image, round(crop * (0.5 + 1.5 * scale)), "bilinear")
     H, W = image.shape[1:]
     label = F.interpolate(label[None, None], size=(H, W), mode="nearest-exact")[0, 0]
-    beyond_right = max(0, crop - W)
-    beyond_bottom = max(0, crop - H)
-    image = F.pad(image, [0, beyond_right, 0, beyond_bottom])
-    label = F.pad(label, [0, beyond_right, 0, beyond_bottom], value=IGNORE)
+    beyond = [0, max(0, crop - W), 0, max(0, crop - H)]
+    image = F.pad(image, beyond)
+    label = F.pad(label, beyond, value=IGNORE)
 
-    top = int(down * (H + beyond_bottom - crop + 1))
-    left = int(right * (W + beyond_right - crop + 1))
-    image = image[:, top:top + crop, left:left + crop]
-    label = label[top:top + crop, left:left + crop]
+    top = int(down * (max(0, H - crop) + 1))
+    left = int(right * (max(0, W - crop) + 1))
+    both = torch.cat([image, label[None]])                             # (4, H, W)
+    both = both[:, top:top + crop, left:left + crop]
     if mirror < 0.5:
-        image = image.flip(-1)
-        label = label.flip(-1)
-    return distort(image, colour), label.contiguous()
+        both = both.flip(-1)
+    return distort(both[:3], colour), both[3].contiguous()
 
 
 def distort(image: Tensor, draws: list[float]) -> Tensor:

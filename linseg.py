@@ -16,17 +16,17 @@ BatchNorm is synchronised.
 
 Shapes: B images, H x W pixels, h x w tokens, D width of all blocks together, C classes, W ranks."""
 import argparse
+import copy
 import math
-import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -35,15 +35,15 @@ import data
 import distributed
 import figure
 import run
-from data import LoaderDied, evenly, init_worker, next_batch
+import training
+from data import evenly, init_worker, next_batch
 from distributed import say
 from images import BadImage, Unreadable, normalize, resize_short, to_device
 from labelmaps import IGNORE, LAYOUTS, Pairs, Samples
 from model import ViT
-from run import Mistake, at_least
+from run import Mistake, at_least, count, number
 
-MAY_CHANGE = {"ckpt", "checkpoint_key", "data", "output_dir", "num_workers", "save_every", "log_every",
-              "max_bad", "device", "force", "json", "stop_at"}
+MAY_CHANGE = {"ckpt", "checkpoint_key", "json"}
 PROTOCOL = "layout blocks crop iters warmup_iters batch_size lr weight_decay seed precision".split()
 
 
@@ -90,12 +90,12 @@ def learning_rate(step: int, args) -> float:
 
 
 # ------------------------------------------------- training
-def open_samples(train: Pairs, args, first: int, pin: bool) -> DataLoader:
-    """This rank's batches from iteration `first` on: every W-th sample."""
+def batches_of(train: Pairs, args, first: int, pin: bool) -> Iterator[tuple[int, dict]]:
+    """(step, this rank's batch) from iteration `first` on: each of W ranks takes every W-th sample."""
     W = distributed.world_size()
     start = first * args.batch_size + distributed.rank()
     end = args.iters * args.batch_size
-    return DataLoader(
+    loader = DataLoader(
         Samples(train, args.crop, args.seed),
         batch_size=args.batch_size // W,
         sampler=range(start, end, W),
@@ -103,6 +103,9 @@ def open_samples(train: Pairs, args, first: int, pin: bool) -> DataLoader:
         pin_memory=pin,
         worker_init_fn=init_worker,
     )
+    batches = iter(loader)
+    for step in range(first, args.iters):
+        yield step, next_batch(batches)
 
 
 def loss_of(model: nn.Module, batch: dict, device: torch.device) -> Tensor:
@@ -117,41 +120,21 @@ def loss_of(model: nn.Module, batch: dict, device: torch.device) -> Tensor:
 
 
 def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first: int) -> None:
-    """Train the head from iteration `first` to the end, and save it."""
-    on_cuda = device.type == "cuda"
-    batches = iter(open_samples(train, args, first, pin=on_cuda))
-    per_pass = math.ceil(len(train) / args.batch_size)                 # an epoch of the log
-    guard = run.Guard(args, train, device, per_pass)
-    guard.start_bar(first, args.iters)
-    model = probe
-    if distributed.world_size() > 1:
-        model = DistributedDataParallel(probe, [device] if on_cuda else None)
-
+    """Train the head from iteration `first` to the end."""
     def save(step: int) -> None:
         checkpoint.save(Path(args.output_dir) / "last.pth", {
             "step": step,
-            "options": run.options_of(args),
+            "options": training.options_of(args),
             "head": probe.head.state_dict(),
             "optimizer": optimizer.state_dict(),
         })
 
-    try:
-        iterate(model, optimizer, batches, guard, args, device, first, save)
-    except LoaderDied:
-        guard.settle()
-        save(guard.bar.n)                # the iterations that are done
-        raise
-    guard.settle()
-    if first < args.iters:
-        save(args.iters)
-    guard.finish()
-
-
-def iterate(model: nn.Module, optimizer, batches, guard: run.Guard, args, device, first: int, save) -> None:
-    """The iterations from `first` to args.iters."""
+    per_pass = math.ceil(len(train) / args.batch_size)                 # an epoch of the log
+    guard = training.Guard(args, train, device, per_pass, save)
+    model = training.on_all_ranks(probe, device)
+    batches = batches_of(train, args, first, pin=device.type == "cuda")
     told = {""}
-    for step in range(first, args.iters):
-        batch = next_batch(batches)
+    for step, batch in guard.steps(batches, first, args.iters):
         for fault in set(batch["fault"]) - told:
             say(f"gave way to another: {fault}")
             told.add(fault)
@@ -159,7 +142,7 @@ def iterate(model: nn.Module, optimizer, batches, guard: run.Guard, args, device
         loss = loss_of(model, batch, device)
         optimizer.zero_grad()
         loss.backward()
-        gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+        gradients = [p.grad for p in probe.head.parameters()]
         values = {"loss": loss.detach(), "grad_norm": nn.utils.get_total_norm(gradients)}
         rates = {"lr": learning_rate(step, args)}
         guard.check(step, values, rates, [batch])                      # ends all ranks on NaN
@@ -167,7 +150,8 @@ def iterate(model: nn.Module, optimizer, batches, guard: run.Guard, args, device
         for group in optimizer.param_groups:
             group["lr"] = rates["lr"]
         optimizer.step()
-        guard.after_step(step + 1, values, rates, len(batch["index"]), save)
+        guard.after_step(step + 1)
+    guard.finish()
 
 
 # ------------------------------------------------- test
@@ -253,21 +237,20 @@ def evaluate(probe: Probe, val: Pairs, args, device: torch.device) -> tuple[Tens
     probe.head.eval()
     C = len(val.classes)
     counts = torch.zeros(C, C, dtype=torch.int64)
-    mine = Unreadable(len(val), args.max_bad)
+    bad = []
     numbers = range(distributed.rank(), len(val), distributed.world_size())
     for i in tqdm(numbers, "test", disable=not distributed.is_main(), mininterval=1):
         try:
             image, label = val.read(i)
         except BadImage as e:
-            mine.note(str(e))
+            bad.append(str(e))
             continue
         guess = segment(probe, image, label.shape, args.crop, device)
         counts += confusion(guess, label, C)
 
     unreadable = Unreadable(len(val), args.max_bad)
-    for names in distributed.everywhere(mine.names):
-        for name in names:
-            unreadable.note(name)
+    for name in chain(*distributed.everywhere(bad)):
+        unreadable.note(name)
     return distributed.all_sum(counts.to(device)).cpu(), unreadable
 
 
@@ -312,7 +295,7 @@ def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 
 # ------------------------------------------------- one run per checkpoint
 def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> argparse.Namespace:
     """The options of the run of one checkpoint.  Raises Mistake for what its network cannot do."""
-    own = argparse.Namespace(**vars(args))
+    own = copy.copy(args)
     own.ckpt = ckpt
     own.layout = train.layout
     own.blocks = args.blocks or default_blocks(vit.depth)
@@ -325,26 +308,9 @@ def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> arg
         own.output_dir = f"out/linseg/{name}-{train.layout}"
     elif len(args.ckpt) > 1:
         own.output_dir = f"{args.output_dir}/{name}"
-    own.images = f"{len(train)} ({data.digest(train)})"
+    own.images = training.fingerprint(train)
     own.weights = checkpoint.digest(vit)
     return own
-
-
-def claim(args, head: nn.Module, optimizer) -> int:
-    """Claim the run's folder.  Returns the iteration to begin at, with head and optimizer as they were."""
-    path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if os.path.exists(path) else None
-    parser = run.Parser()
-    add_options(parser)
-    run.claim_folder(args, parser, MAY_CHANGE, last)
-    if last is not None:
-        if last["options"].get("weights") != args.weights:
-            raise Mistake(f"{path}: this run began with other weights than {args.ckpt} has now; give another "
-                          "--output_dir")
-        checkpoint.restore(path, [(head, last["head"])])
-        optimizer.load_state_dict(last["optimizer"])
-    run.begin_log(args, new=last is None)
-    return last["step"] if last else 0
 
 
 def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> None:
@@ -356,11 +322,10 @@ def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> N
         probe = nn.SyncBatchNorm.convert_sync_batchnorm(probe)
     probe = probe.to(device)
     optimizer = torch.optim.AdamW(probe.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    first = claim(args, probe.head, optimizer)
+    first = training.resume(args, MAY_CHANGE, {"head": probe.head}, optimizer)
     protocol = {name: getattr(args, name) for name in PROTOCOL}
-    where = f"going on from iteration {first} in" if first else "writes"
     say(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    say(f"test windows of {args.crop} every {test_stride(args.crop)}; {where} {args.output_dir}")
+    say(f"test windows of {args.crop} every {test_stride(args.crop)}; writes {args.output_dir}")
     fit(probe, optimizer, train, args, device, first)
 
     counts, unreadable = evaluate(probe, val, args, device)
@@ -370,7 +335,7 @@ def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> N
     if not distributed.is_main():
         return
     metrics = report(counts, val.classes) | unreadable.for_json()
-    metrics["n_unreadable_train"] = len(run.bad_names(args.output_dir))
+    metrics["n_unreadable_train"] = len(training.bad_names(args.output_dir))
     run.record(
         args.json, eval="linseg", ckpt=args.ckpt, weights=args.weights,
         data=args.data, data_digest=f"{data.digest(train)}-{data.digest(val)}",
@@ -410,19 +375,19 @@ def add_options(p: argparse.ArgumentParser) -> None:
     a("--data", required=True, help="folder of the set, in its published layout, or of pairs")
     a("--layout", default="auto", choices=["auto", *LAYOUTS],
       help="; ".join(f"{layout}: {text}" for layout, text in LAYOUTS.items()))
-    a("--num_classes", type=at_least(1), help="classes of a folder of pairs; the named sets know theirs")
-    a("--blocks", type=at_least(1), nargs="+",
-      help="blocks whose outputs are read, from 1 (paper: 6 8 10 12)")
-    a("--crop", type=at_least(1), default=512,
+    a("--num_classes", type=count, help="classes of a folder of pairs; the named sets know theirs")
+    a("--blocks", type=count, nargs="+", help="blocks whose outputs are read, from 1 (paper: 6 8 10 12)")
+    a("--crop", type=count, default=512,
       help="pixels of a crop's and a window's side (paper 512), floored to whole patches")
-    a("--iters", type=at_least(1), default=40_000, help="iterations (paper 40000)")
+    a("--iters", type=count, default=40_000, help="iterations (paper 40000)")
     a("--warmup_iters", type=at_least(0), default=1500,
       help="linear warm-up (1500), at most a quarter of --iters")
-    a("--batch_size", type=at_least(1), default=16, help="crops per iteration over all ranks (paper 16)")
-    a("--lr", type=at_least(0.0), default=1e-4,
+    a("--batch_size", type=count, default=16, help="crops per iteration over all ranks (paper 16)")
+    a("--lr", type=number, default=1e-4,
       help="learning rate (paper 1e-4); short runs need more, such as 3e-3")
-    a("--weight_decay", type=at_least(0.0), default=0.05, help="AdamW's weight decay (paper 0.05)")
-    run.add_shared(p, "seed num_workers max_bad device precision json force save_every log_every stop_at")
+    a("--weight_decay", type=number, default=0.05, help="AdamW's weight decay (paper 0.05)")
+    run.add_shared(p, "seed num_workers max_bad device precision json force save_every log_every tensorboard")
+    run.add_shared(p, "stop_at")
     a("--output_dir", help="folder of this run, an interrupted run in it goes on (default: "
       "out/linseg/CKPT-LAYOUT; with several checkpoints: a folder in it for each)")
     p.set_defaults(main=main)

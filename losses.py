@@ -35,8 +35,7 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def patch_contrast(
-    q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None,
-    negatives: str | int = "others", block: int | None = None,
+    q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None, negatives: str | int = "others",
 ) -> Tensor:
     """Eq. (2), in a fast form; the plain one is `plain_patch_contrast` in tests/plain_forms.py.  Every patch
     finds its own clean version among the patches of *other* images, on this rank, in one view.
@@ -48,8 +47,7 @@ def patch_contrast(
     anchors: (A,) index of each q among the B*N patches; None when A = B*N in order.
     negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the
     grid; a number = only those at so many places, drawn anew by torch's generator, the same for all images.
-    The own image's other patches are neither positive nor negative.
-    block: rows that are worked on at a time; the default suits the device."""
+    The own image's other patches are neither positive nor negative."""
     q = F.normalize(q.float(), dim=-1)
     k = F.normalize(k.detach().float(), dim=-1)
     B, N, C = k.shape
@@ -64,9 +62,8 @@ def patch_contrast(
         places = torch.randperm(N)[:negatives]
         places = places.to(k.device, non_blocking=k.is_cuda)
         pool = k[:, places]
-    if block is None:
-        block = rows_at_a_time(pool)
-    return PatchInfoNCE.apply(q, k.flatten(0, 1), pool, anchors, tau, block)
+    keys = k.flatten(0, 1)                                             # (B*N, C)
+    return PatchInfoNCE.apply(q, keys, pool, anchors, tau)
 
 
 def rows_at_a_time(pool: Tensor) -> int:
@@ -87,12 +84,12 @@ class PatchInfoNCE(torch.autograd.Function):
     anchor's own image are left out."""
 
     @staticmethod
-    def forward(ctx, q, keys, pool, anchors, tau, block):
+    def forward(ctx, q, keys, pool, anchors, tau):
         A = len(q)
         B, n, _ = pool.shape
         image = anchors // (len(keys) // B)                            # (A,)
+        block = min(rows_at_a_time(pool), A)
         pool = pool.flatten(0, 1)                                      # (B*n, C)
-        block = min(block, A)
         logits_buffer = q.new_empty(block, B * n)
         p_buffer = q.new_empty(block, B * n)
         dq = torch.empty_like(q)
@@ -108,18 +105,18 @@ class PatchInfoNCE(torch.autograd.Function):
 
             logits = logits_buffer[:len(query)]                        # (r, B*n)
             torch.mm(query / tau, pool.T, out=logits)
-            of_own_image = own[:, None, None].expand(-1, 1, n)
-            logits.view(-1, B, n).scatter_(1, of_own_image, -torch.inf)
+            logits.view(-1, B, n)[r, own] = -torch.inf
             logits[r, seat] = (query * positive).sum(-1) / tau
             p = p_buffer[:len(query)]                                  # (r, B*n) = exp(logits) / Z
             torch.softmax(logits, -1, out=p)
 
             # -log p_own = (largest logit - own logit) - log(largest p), as p_own itself may underflow
             behind = logits.amax(-1) - logits[r, seat]
-            total += (behind - p.amax(-1).log()).sum()
+            loss = behind - p.amax(-1).log()                           # (r,)
+            total += loss.sum()
 
             pull = p[r, seat] - 1                                      # (r,) towards the positive
-            p.scatter_(1, seat[:, None], 0.0)
+            p[r, seat] = 0
             gradient = p @ pool + pull[:, None] * positive             # (r, C)
             dq[rows] = gradient / (tau * A)
         ctx.save_for_backward(dq)
@@ -128,7 +125,7 @@ class PatchInfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (dq,) = ctx.saved_tensors
-        return grad * dq, None, None, None, None, None
+        return grad * dq, None, None, None, None
 
 
 def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:

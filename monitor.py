@@ -6,10 +6,10 @@ teacher's keys (1: over the whole sphere, 0: collapsed); grad_norm before clippi
 since this start, without evaluations; seconds since the first start, with them.  After a kill the steps since
 the last save appear twice, with the same values.  Each evaluation adds a line with epoch, knn_cls, knn_pat
 (k = 10) and, in the toy world, prompt_iou, all in percent."""
-import copy
 import json
 import math
-import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,15 @@ import figure
 import prompts
 import run
 from data import Subset, ToyImages, evenly, labelled, open_val, with_classes_of
-from distributed import is_main, say, unwrap
+from distributed import is_main, say
 from images import BadImage, centre_crop, denormalize, normalize
 from knn import knn_of
 from losses import mean_cosines
 from masking import GMML, draw_corruption, gmml
 from model import MMC, ViT, patchify, unpatchify
-from run import Guard, Mistake
+from run import Mistake
 from scenes import ToyScenes
+from training import Guard, bad_names
 
 MOST_TRAIN, MOST_VAL, SCENES = 50_000, 10_000, 200                     # images of k-NN, scenes of prompt IoU
 NAMES = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU"}
@@ -41,8 +42,7 @@ def similarities(out: dict[str, Tensor], target: dict[str, Tensor], inputs) -> d
     if "pat" in out:
         k = target["pat"].unflatten(0, (2, B, -1))[0]                  # (B, N, C), of view 1
         anchors = inputs.anchors[0]
-        n_anchors = k.shape[0] * k.shape[1] if anchors is None else len(anchors)
-        q = out["pat"][:n_anchors]
+        q = out["pat"][:len(anchors)]
         found["pat_pos"], found["pat_neg"] = mean_cosines(q, k, anchors)
     if "cls" in out:
         other_view = target["cls"][B:, None]                           # (B, 1, C)
@@ -71,11 +71,14 @@ class Monitor(Guard):
 
     untrained: the backbone as the run began, to be shown beside the trained one."""
 
-    def __init__(self, args, images, val, device: torch.device, steps_per_epoch: int, untrained: ViT):
-        super().__init__(args, images, device, steps_per_epoch)
+    def __init__(self, args, images, val, device: torch.device, steps_per_epoch: int, save: Callable,
+                 student: MMC, teacher: MMC, untrained: ViT):
+        super().__init__(args, images, device, steps_per_epoch, save)
         self.size = args.global_crops_size
         self.P = args.patch_size
-        self.untrained = copy.deepcopy(untrained).eval()
+        self.student = student
+        self.backbone = teacher.backbone
+        self.untrained = untrained.eval()
         self.warned = False
         self.threshold = "auto"                                        # of the masks in the picture
         self.val = images if val is None else val                      # what the picture shows
@@ -86,32 +89,35 @@ class Monitor(Guard):
             self.knn_pair = thin(train, MOST_TRAIN), thin(known, MOST_VAL)
         except Mistake as why:
             say(f"no k-NN while training: {why}")
-        self.scenes = None
-        if isinstance(val, ToyImages):
-            self.scenes = ToyScenes(val, SCENES)
+        self.scenes = ToyScenes(val, SCENES) if isinstance(val, ToyImages) else None
 
-    def begin(self, step: int, student: MMC, teacher: MMC) -> None:
+    def begin(self, step: int) -> None:
         """Evaluate the untrained teacher, or what a killed run did not come to evaluate."""
-        self.student = student
-        self.teacher = teacher
         epoch, rest = divmod(step, self.steps_per_epoch)
         done = [line["epoch"] for line in self.evaluations()]
-        asked = epoch == 0 or self.due(epoch)
-        if rest == 0 and asked and epoch not in done:
-            self.evaluate(epoch)
+        if rest == 0 and epoch not in done:
+            self.end_epoch(epoch)
 
     def due(self, epoch: int) -> bool:
+        """Before the first epoch and after every --knn_every; `finish` evaluates after the last."""
         every = self.args.knn_every
-        return every > 0 and epoch % every == 0 and epoch < self.args.epochs
-
-    def end_epoch(self, epoch: int) -> None:
-        super().end_epoch(epoch)
-        if self.due(epoch):
-            self.evaluate(epoch)
+        return epoch == 0 or (every > 0 and epoch % every == 0 and epoch < self.args.epochs)
 
     # ---- while it trains
-    def log(self, step: int, values: dict[str, Tensor], rates: dict[str, float]) -> dict[str, float]:
-        means = super().log(step, values, rates)
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        on_cpu = self.device.type == "cpu" and self.args.data != "toy"
+        if on_cpu and step == self.first + 10:
+            minutes = self.images_seen / 10 * self.steps_per_epoch / self.speed() / 60
+            days = minutes * self.args.epochs / (24 * 60)
+            line = f"an epoch takes about {minutes:.1f} minutes on this machine"
+            if days > 1:
+                line += (f", and all {self.args.epochs} take {days:.1f} days: README.md has a recipe for a "
+                         'laptop under "Your own photos"')
+            say(line)
+
+    def log(self, step: int) -> dict[str, float]:
+        means = super().log(step)
         if step > self.args.warmup_epochs * self.steps_per_epoch:
             self.watch_collapse(step, means)
         return means
@@ -123,8 +129,8 @@ class Monitor(Guard):
             if name.endswith("_std") and value < 0.05:
                 signs.append(f"{name} {value:.3f} is near 0")
         places = (self.size // self.P) ** 2
-        if self.args.patch_negatives != "others":
-            asked = self.args.patch_negatives
+        asked = self.args.patch_negatives
+        if asked != "others":
             places = 1 if asked == "position" else min(asked, places)
         chance = math.log(1 + (self.args.batch_size - 1) * places)
         if means.get("pat", 0.0) > 0.98 * chance:
@@ -141,23 +147,23 @@ class Monitor(Guard):
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """{"knn_cls", "knn_pat", "prompt_iou"} in percent, as far as the data allow; said, logged, drawn."""
-        began = time.time()
+        if not is_main():
+            return {}
+        self.backbone.eval()
         result = {}
-        if is_main():
-            backbone = self.teacher.backbone.eval()
-            if self.knn_pair:
-                result = self.knn(backbone)
-            if self.scenes:
-                table = self.prompt_iou(prompts.network_features(backbone, self.device))
-                result["prompt_iou"], self.threshold = table["best"], table["best_threshold"]
-            if result:
-                when = f"epoch {epoch}" if epoch else "untrained"
-                words = [f"{NAMES[name]} {value:.1f} %" for name, value in result.items()]
-                say(f"{when}: {', '.join(words)}")
-                self.write({"epoch": epoch, **result})
-            self.draw()
-            backbone.train()
-        self.evaluating += time.time() - began
+        if self.knn_pair:
+            result = self.knn(self.backbone)
+        if self.scenes:
+            table = self.prompt_iou(prompts.network_features(self.backbone, self.device))
+            result["prompt_iou"] = table["best"]
+            self.threshold = table["best_threshold"]
+        if result:
+            when = f"epoch {epoch}" if epoch else "untrained"
+            words = [f"{NAMES[name]} {value:.1f} %" for name, value in result.items()]
+            say(f"{when}: {', '.join(words)}")
+            self.write({"epoch": epoch, **result})
+        self.draw()
+        self.backbone.train()
         return result
 
     def knn(self, backbone: ViT) -> dict[str, float]:
@@ -171,12 +177,12 @@ class Monitor(Guard):
             return {}
         return {"knn_cls": knn["cls"][10], "knn_pat": knn["pat"][10]}
 
-    def prompt_iou(self, features) -> dict:
+    def prompt_iou(self, features: Callable) -> dict:
         """The summary of the default protocol; "best" is the mIoU in percent at the best threshold."""
         protocol = prompts.Protocol(size=self.size)
         return prompts.prompt_table(features, self.scenes, protocol, self.P).summary()
 
-    def finish(self, student: MMC, backbone: ViT) -> None:
+    def finish(self) -> None:
         """Evaluate, write results.json, and say in one line what came out."""
         super().finish()
         seconds = self.seconds()
@@ -185,30 +191,33 @@ class Monitor(Guard):
             return
         untrained = next((line for line in self.evaluations() if line["epoch"] == 0), {})
         said = []
-        for name in [name for name in NAMES if name in results]:
+        for name, value in list(results.items()):
             results[f"{name}_untrained"] = untrained.get(name)
             before = f"{untrained[name]:.1f} -> " if name in untrained else ""
-            said.append(f"{NAMES[name]} {before}{results[name]:.1f} %")
+            said.append(f"{NAMES[name]} {before}{value:.1f} %")
         if self.scenes:
             colours = self.prompt_iou(self.patch_colours)
             results["prompt_iou_colours"] = colours["best"]
             results["prompt_iou_everything"] = colours["everything"]
             said[-1] += f" (raw colours {colours['best']:.1f} %, everything {colours['everything']:.1f} %)"
-
-        results["n_unreadable_train"] = len(run.bad_names(self.folder))
+        results["n_unreadable_train"] = len(bad_names(self.folder))
         results["seconds"] = seconds
         results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         found = f": {', '.join(said)}" if said else ""
         say(f"done in {seconds:.0f} s{found}; look at {self.folder / 'result.png'} and curves.png")
 
+    def patch_colours(self, images: Tensor) -> Tensor:
+        """What one can do without any network: the mean colour of each patch, (B, N, 3)."""
+        mean = patchify(normalize(images), self.P).unflatten(-1, (3, -1)).mean(-1)
+        return F.normalize(mean, dim=-1)
+
     # ---- pictures
     def draw(self) -> None:
         """curves.png and result.png, as far as the run has come."""
         lines = run.read_lines(self.folder / "log.jsonl")
         charts = []
-        for title, names, unit in (("losses", ["rec", "pat", "cls"], "loss"),
-                                   ("the teacher", list(NAMES), "%")):
+        for title, names, unit in (("losses", ["rec", "pat", "cls"], "loss"), ("the teacher", NAMES, "%")):
             series = {}
             for name in names:
                 points = [(line["epoch"], line[name]) for line in lines if name in line]
@@ -218,77 +227,68 @@ class Monitor(Guard):
                 charts.append(figure.line_chart(series, title, "epoch", unit))
         if charts:
             figure.beside(charts).save(self.folder / "curves.png")
-        picture = self.picture()
-        if picture is not None:
-            picture.save(self.folder / "result.png")
+
+        images = {}                                                    # number: (3, S, S) uint8
+        for i in range(min(len(self.val), 60)):
+            with suppress(BadImage):
+                images[i] = centre_crop(self.val.read(i), self.size, self.size)
+            if len(images) == 6:
+                break
+        if len(images) > 1:                                            # GMML needs another image
+            self.picture(images).save(self.folder / "result.png")
 
     @torch.no_grad()
-    def picture(self, n: int = 6):
+    def picture(self, images: dict[int, Tensor]):
         """A row for each held-out image: a clicked patch, what is similar to it before and after training,
         with the masks (and, in the toy world, the truth and their IoU), the corrupted image, its
-        reconstruction.  None where fewer than two images can be read."""
-        images = {}                                                    # number: (3, S, S) uint8
-        for i in range(min(len(self.val), 10 * n)):
-            try:
-                images[i] = centre_crop(self.val.read(i), self.size, self.size)
-            except BadImage:
-                continue
-            if len(images) == n:
-                break
-        if len(images) < 2:
-            return None
+        reconstruction."""
         x = normalize(torch.stack(list(images.values())).to(self.device))
-        corrupted, mask, painted = self.reconstructed(x, list(images))
-        networks = {"untrained": self.untrained.to(self.device), "trained": self.teacher.backbone}
-        tokens = {name: clicks.patch_features(network, x).cpu() for name, network in networks.items()}
+        tokens = {}                                                    # of a network: (n, N, D)
+        for name, network in (("untrained", self.untrained), ("trained", self.backbone)):
+            tokens[name] = clicks.patch_features(network.to(self.device), x).cpu()
         self.untrained.cpu()
+        corrupted = self.corrupted(x, list(images))
 
-        rows, g = [], self.size // self.P
+        rows = []
+        g = self.size // self.P
         for row, i in enumerate(images):
             truth = self.truth(i)
             at = g * g // 2 + g // 2 if truth is None else int(truth.argmax())
-            photo = self.enlarged(images[i])
+            photo = self.photo(images[i])
             panels = [("clicked patch", figure.marked(photo, (g, g), [(at % g, at // g)], []))]
-            panels += self.found({name: z[row] for name, z in tokens.items()}, at, photo, truth)
+            found = {name: clicks.prompted(z[row], [at], [], self.threshold) for name, z in tokens.items()}
+            low = min(values.min().item() for values, _ in found.values())
+            for name, (values, threshold) in found.items():
+                similarity = self.enlarged(values.view(1, g, g))[0]
+                mask = similarity >= threshold
+                iou = ""
+                if truth is not None:
+                    inside = self.enlarged(truth[None])[0] >= 0.5
+                    iou = f", IoU {(mask & inside).sum() / (mask | inside).sum():.2f}"
+                panels.append((name, figure.heat(similarity, low, 1), (low, 1)))
+                panels.append((f"mask{iou}", figure.cut_out(photo, mask.numpy())))
             if truth is not None:
-                panels.append(("truth", figure.cut_out(photo, self.pixels(truth >= 0.5).numpy())))
-            panels.append(("corrupted", self.enlarged(denormalize(corrupted[row]))))
-            if painted is not None:
-                whole = torch.where(mask[row], painted[row], x[row])
-                panels.append(("reconstruction", self.enlarged(denormalize(whole))))
+                panels.append(("truth", figure.cut_out(photo, inside.numpy())))
+            for name, batch in corrupted.items():
+                panels.append((name, self.photo(denormalize(batch[row]))))
             rows.append((self.val.name(i), panels))
         return figure.sheet(rows)
 
-    def reconstructed(self, x: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Corrupted images, their masks (n, S, S), and what the student paints, or None without h_rec."""
+    def corrupted(self, x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+        """The images corrupted, and as the student completes them, if it has h_rec; (n, 3, S, S) each."""
         generators = [torch.Generator().manual_seed(i) for i in numbers]
         draws = draw_corruption(GMML(0.0, align=self.args.drop_align), self.size, generators)
-        mask = draws.mask.to(self.device)
-        corrupted = gmml(x, mask, draws.alien, draws.noise_seed)
-        student = unwrap(self.student)
-        if student.h_rec is None:
-            return corrupted, mask, None
-        student.eval()
-        patches = student.backbone(corrupted)[:, student.backbone.num_prefix_tokens:]
-        painted = unpatchify(student.h_rec(patches).float(), self.P, *[self.size // self.P] * 2)
-        student.train()
-        return corrupted, mask, painted
-
-    def found(self, tokens: dict[str, Tensor], at: int, photo, truth: Tensor | None) -> list:
-        """Panels of each network, on one scale: similarity to the clicked patch, and the mask."""
-        clicked = torch.tensor([[at]])
-        maps = {name: clicks.similarity_map(z, clicked) for name, z in tokens.items()}       # (1, N)
-        low = min(similarity.min().item() for similarity in maps.values())
-        panels = []
-        for name, similarity in maps.items():
-            mask = clicks.segment(similarity, self.threshold)[0]
-            score = ""
-            if truth is not None:
-                inside = truth.flatten() >= 0.5
-                score = f", IoU {(mask & inside).sum() / (mask | inside).sum():.2f}"
-            panels.append((name, figure.heat(self.pixels(similarity), low, 1), (low, 1)))
-            panels.append((f"mask{score}", figure.cut_out(photo, self.pixels(mask).numpy())))
-        return panels
+        mask = draws.mask.to(self.device)                              # (n, S, S)
+        out = {"corrupted": gmml(x, mask, draws.alien, draws.noise_seed)}
+        student = self.student
+        if student.h_rec is not None:
+            student.eval()
+            patches = student.backbone(out["corrupted"])[:, student.backbone.num_prefix_tokens:]
+            g = self.size // self.P
+            painted = unpatchify(student.h_rec(patches).float(), self.P, g, g)
+            out["reconstruction"] = torch.where(mask[:, None], painted, x)
+            student.train()
+        return out
 
     def truth(self, i: int) -> Tensor | None:
         """(g, g) which share of each patch belongs to the largest class of a toy scene; None elsewhere."""
@@ -298,22 +298,14 @@ class Monitor(Guard):
         shares = F.adaptive_avg_pool2d(masks.float(), self.size // self.P)                    # (K, g, g)
         return shares[shares.sum((1, 2)).argmax()]
 
-    def pixels(self, patches: Tensor) -> Tensor:
-        """A value for each patch -> an image of the size of `enlarged`."""
-        g = self.size // self.P
-        side = self.P * max(1, figure.CELL // self.size)
-        return patches.view(g, g).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    def enlarged(self, x: Tensor) -> Tensor:
+        """(C, h, w) pixels or patches, each repeated until the image is large enough to be looked at."""
+        side = self.size * max(1, figure.CELL // self.size)
+        return F.interpolate(x[None].float(), side)[0]
 
-    def enlarged(self, image: Tensor):
-        """(3, S, S) uint8 -> (H, W, 3) array with each pixel repeated, to be looked at."""
-        k = max(1, figure.CELL // self.size)
-        image = image.cpu().repeat_interleave(k, 1).repeat_interleave(k, 2)
-        return image.permute(1, 2, 0).numpy()
-
-    def patch_colours(self, images: Tensor) -> Tensor:
-        """What one can do without any network: the mean colour of each patch, (B, N, 3)."""
-        mean = patchify(normalize(images), self.P).unflatten(-1, (3, -1)).mean(-1)
-        return F.normalize(mean, dim=-1)
+    def photo(self, image: Tensor):
+        """(3, S, S) uint8 -> (H, W, 3) array."""
+        return self.enlarged(image.cpu()).byte().permute(1, 2, 0).numpy()
 
 
 def thin(images, most: int):

@@ -12,10 +12,11 @@ is silent or contradicts itself the choice is an option, marked [D] in its help.
 Shapes: B images per rank, V = 2 global views, L local crops, N patches, P patch size, S pixels of a side,
 C width of the contrastive space, M patches with corrupted pixels, A anchors."""
 import argparse
+import copy
 import math
-import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-import data
 import run
+import training
 from data import Batches, Views, open_images, seed_of
 from distributed import is_main, rank, say, unwrap, world_size
 from images import to_device
@@ -32,19 +33,18 @@ from losses import global_contrast, patch_contrast, reconstruction
 from masking import GMML, Augmentation, Colours, MultiCrop, colour, gmml
 from model import ALIASES, ARCHS, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
 from monitor import Monitor, similarities, test_images
-from run import Mistake, above, at_least, between
+from run import Mistake, above, at_least, between, count, number, plural, share
+from training import global_lr
 
-PAPER_EPOCHS = {"vit_b": 400}                  # ViT-B on ImageNet-1K; ViT-S on ImageNet-100: 500
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
            head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
            momentum_teacher=0.8, w_cls=0.3, num_workers=0, knn_every=2)
+PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
         "local_crops_number": ("local_crops_size", "local_crops_scale")}
-MAY_CHANGE = {"output_dir", "epochs", "num_workers", "log_every", "knn_every", "save_every", "keep",
-"max_bad", "device", "data", "data_root", "download", "val_data", "compile", "checkpointing", "force",
-              "stop_at"}
+MAY_CHANGE = {"epochs", "knn_every", "keep", "data_root", "download", "val_data", "compile", "checkpointing"}
 
 
 # ------------------------------------------------- from a batch to the networks' inputs
@@ -52,14 +52,14 @@ class Inputs(NamedTuple):
     """What one batch gives to the networks and the losses; views stand one after another.
 
     rec_index: (M,) the patches with a corrupted pixel, numbered among all V*B*N.
-    anchors: for each view (A,) the anchors of Eq. (2), numbered among its B*N patches; None for all patches.
+    anchors: for each view (A,) the anchors of Eq. (2), numbered among its B*N patches.
     pat_index: the anchors of both views, numbered among all V*B*N; None for all patches."""
     clean: Tensor              # (V*B, 3, S, S)
     corrupted: Tensor          # (V*B, 3, S, S)
     local: Tensor | None       # (L*B, 3, s, s)
     mask: Tensor               # (V*B, S, S) bool, True = corrupted
     rec_index: Tensor
-    anchors: list[Tensor | None]
+    anchors: list[Tensor]
     pat_index: Tensor | None
 
 
@@ -79,20 +79,20 @@ def prepare(batch: dict, args, device: torch.device) -> Inputs:
     local = coloured("local", slice(2, None)) if "local" in batch else None
 
     mask = to_device(batch["corruption"].mask, device)                 # (B, V, S, S)
+    draws = batch["corruption"]
     corrupted = []
     for v, view in enumerate(clean.chunk(2)):
-        alien, noise_seed = batch["corruption"].alien[:, v], batch["corruption"].noise_seed[:, v]
-        corrupted.append(gmml(view, mask[:, v], alien, noise_seed))
+        corrupted.append(gmml(view, mask[:, v], draws.alien[:, v], draws.noise_seed[:, v]))
 
     def where(chosen: Tensor) -> Tensor:                               # on the CPU, or the device would wait
         return to_device(chosen.flatten().nonzero()[:, 0], device)
 
     rec_index = where(view_by_view(batch["corrupted_patches"]))
-    anchors, pat_index = [None, None], None
-    if args.patch_tokens == "masked":
-        masked = batch["masked_patches"]                               # (B, V, N)
-        anchors = [where(masked[:, v]) for v in (0, 1)]
-        pat_index = where(view_by_view(masked))
+    chosen = batch["masked_patches"]                                   # (B, V, N)
+    if args.patch_tokens == "all":
+        chosen = torch.ones_like(chosen)
+    anchors = [where(chosen[:, v]) for v in (0, 1)]
+    pat_index = None if args.patch_tokens == "all" else where(view_by_view(chosen))
     return Inputs(clean, torch.cat(corrupted), local, view_by_view(mask), rec_index, anchors, pat_index)
 
 
@@ -105,15 +105,16 @@ def mmc_losses(out: dict, target: dict, inputs: Inputs, args) -> dict[str, Tenso
     if args.w_rec:
         P = args.patch_size
         pixels = patchify(inputs.clean, P).flatten(0, 1)[inputs.rec_index]                    # (M, 3*P*P)
-        mask = patchify(inputs.mask[:, None], P).flatten(0, 1)[inputs.rec_index]              # (M, P*P)
-        losses["rec"] = reconstruction(out["rec"].unflatten(1, (3, -1)), pixels.unflatten(1, (3, -1)),
-                                       mask[:, None])                                         # Eq. (1)
+        mask = inputs.mask[:, None].expand_as(inputs.clean)
+        mask = patchify(mask, P).flatten(0, 1)[inputs.rec_index]                              # (M, 3*P*P)
+        losses["rec"] = reconstruction(out["rec"], pixels, mask)                              # Eq. (1)
     if args.w_pat:
         B = len(inputs.clean) // 2
         k = target["pat"].unflatten(0, (2, B, -1))                                            # (V, B, N, C)
-        sizes = [k[0, :, :, 0].numel() if a is None else len(a) for a in inputs.anchors]
-        per_view = [patch_contrast(q, k[v], args.temp, inputs.anchors[v], args.patch_negatives)
-                    for v, q in enumerate(out["pat"].split(sizes))]
+        q = out["pat"].split([len(anchors) for anchors in inputs.anchors])                    # (A, C) of each
+        per_view = []
+        for v, anchors in enumerate(inputs.anchors):
+            per_view.append(patch_contrast(q[v], k[v], args.temp, anchors, args.patch_negatives))
         losses["pat"] = sum(per_view) / 2                                                     # Eq. (2)
     if args.w_cls:
         B = len(inputs.clean) // 2
@@ -123,16 +124,15 @@ def mmc_losses(out: dict, target: dict, inputs: Inputs, args) -> dict[str, Tenso
     return losses
 
 
-def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args, device, first, save) -> None:
+def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args, device, first: int) -> None:
     """The loop.  `step` counts over the whole run; everything random is seeded by it, or by the image."""
     last = args.epochs * batches.per_epoch
     lr = cosine_schedule(global_lr(args), args.min_lr, last, round(args.warmup_epochs * batches.per_epoch))
     momentum = cosine_schedule(args.momentum_teacher, 1.0, last)
-    monitor.start_bar(first, last)
 
-    for step, parts in batches.steps(first, last):
+    for step, parts in monitor.steps(batches.steps(first, last), first, last):
         torch.manual_seed(seed_of(args.seed, "drop_path", step, rank()))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         values = {}
         for batch in parts:                                            # --accum of them, each as if alone
             student.require_backward_grad_sync = batch is parts[-1]    # of DDP: join gradients once a step
@@ -160,11 +160,7 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
         optimizer.step()
         ema_update(teacher, unwrap(student), momentum[step])
 
-        monitor.after_step(step + 1, values, rates, args.batch_size * args.accum, save)
-
-
-def global_lr(args) -> float:
-    return args.lr * args.batch_size * args.accum * world_size() / 256
+        monitor.after_step(step + 1)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -174,11 +170,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def save_run(args, student: MMC, teacher: MMC, optimizer, step: int, per_epoch: int) -> None:
+def save_run(args, student: MMC, teacher: MMC, optimizer, per_epoch: int, step: int) -> None:
     """last.pth: all that a run needs to go on.  backbone.pth: the teacher's ViT with its architecture."""
     folder, arch = Path(args.output_dir), teacher.backbone.config
     checkpoint.save(folder / "last.pth", {
-        "arch": arch, "step": step, "options": run.options_of(args), "student": student.state_dict(),
+        "arch": arch, "step": step, "options": training.options_of(args), "student": student.state_dict(),
         "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
     checkpoint.save(folder / "backbone.pth", {
         "arch": arch, "step": step, "backbone": teacher.backbone.state_dict()})
@@ -191,22 +187,20 @@ def add_network(p) -> None:
     a = p.add_argument_group("network").add_argument
     a("--arch", default="vit_s", choices=[*ARCHS, *ALIASES], metavar="NAME",
       help=f"{', '.join(ARCHS)} (default vit_s; toy vit_micro; paper vit_s, vit_b)")
-    a("--patch_size", type=at_least(1), default=16, help="pixels of a patch's side (paper 16; toy 8)")
+    a("--patch_size", type=count, default=16, help="pixels of a patch's side (paper 16; toy 8)")
     a("--drop_path", type=between(0.0, 0.99), default=0.1,
       help="stochastic depth of the student at the last block (lineage 0.1; toy 0)")
-    a("--head_hidden_dim", type=at_least(1), default=4096,
-      help="width of the three heads (paper 4096; toy 256)")
-    a("--head_out_dim", type=at_least(1), default=256,
-      help="width of the contrastive space (lineage 256; toy 128)")
+    a("--head_hidden_dim", type=count, default=4096, help="width of the three heads (paper 4096; toy 256)")
+    a("--head_out_dim", type=count, default=256, help="width of the contrastive space (lineage 256; toy 128)")
     a("--head_norm", default="bn", choices=["bn", "none"],
       help="[D] norm in the contrastive heads; bn is synchronised across ranks on CUDA only")
 
 
 def add_method(p) -> None:
     a = p.add_argument_group("losses, Eq. (4); a weight of 0 skips that head's work").add_argument
-    a("--w_rec", type=at_least(0.0), default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
-    a("--w_pat", type=at_least(0.0), default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
-    a("--w_cls", type=at_least(0.0), default=1.0,
+    a("--w_rec", type=number, default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
+    a("--w_pat", type=number, default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
+    a("--w_cls", type=number, default=1.0,
       help="weight of the global contrast, Eq. (3) (paper 1; MoCo's factor of 2*tau is --w_cls 0.4; toy 0.3)")
     a("--temp", type=above(0.0), default=0.2, help="temperature of both contrasts (paper 0.2)")
     a("--patch_tokens", default="all", choices=["all", "masked"],
@@ -215,20 +209,20 @@ def add_method(p) -> None:
       help="[D] negatives of Eq. (2): others = all patches of the other images of this rank (paper); "
            "position = those at the same place only; a number = those at so many random places, anew in each "
            "step")
-    a("--momentum_teacher", type=between(0.0, 1.0), default=0.996,
+    a("--momentum_teacher", type=share, default=0.996,
       help="EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run needs a "
            "teacher that moves)")
 
     a = p.add_argument_group("corruption (GMML), of each global view").add_argument
-    a("--noise_p", type=between(0.0, 1.0), default=0.5,
+    a("--noise_p", type=share, default=0.5,
       help="probability of noise; else pixels of another image (lineage 0.5)")
-    a("--drop_perc", type=between(0.0, 1.0), nargs=2, default=[0.5, 0.75], metavar=("LOW", "HIGH"),
+    a("--drop_perc", type=share, **PAIR, default=[0.5, 0.75],
       help="share of the area overwritten by noise (paper: up to 0.75)")
-    a("--drop_replace", type=between(0.0, 1.0), default=0.3,
+    a("--drop_replace", type=share, default=0.3,
       help="share of the area overwritten by another image (paper 0.30)")
     a("--drop_block", type=between(0.001, 1.0), default=0.3,
       help="largest side of a block, as a share of the image's, floored to whole --drop_align (lineage 0.3)")
-    a("--drop_align", type=at_least(1),
+    a("--drop_align", type=count,
       help="[D] pixels to which blocks are aligned (default: the patch size, whole patches, which learned "
            "more in the same time on real images; lineage 1; toy 1)")
     a("--even_blocks", default=True, action=argparse.BooleanOptionalAction,
@@ -238,24 +232,23 @@ def add_method(p) -> None:
 
 def add_augmentation(p) -> None:
     a = p.add_argument_group("augmentation; three numbers: view 1, view 2, local crops").add_argument
-    share, positive = between(0.0, 1.0), at_least(0.0)
-    a("--global_crops_size", type=at_least(1), default=224,
+    a("--global_crops_size", type=count, default=224,
       help="pixels of a global view's side (paper 224; toy 48)")
-    a("--global_crops_scale", type=share, nargs=2, metavar=("LOW", "HIGH"),
+    a("--global_crops_scale", type=share, **PAIR,
       help="area of a global crop (lineage 0.25 1 with local crops, 0.2 1 without)")
     a("--local_crops_number", type=at_least(0), default=10,
       help="local crops per image; 0 switches them off (paper 10; toy 0)")
-    a("--local_crops_size", type=at_least(1), default=96, help="pixels of a local crop's side (paper 96)")
-    a("--local_crops_scale", type=share, nargs=2, default=[0.05, 0.25], metavar=("LOW", "HIGH"),
+    a("--local_crops_size", type=count, default=96, help="pixels of a local crop's side (paper 96)")
+    a("--local_crops_scale", type=share, **PAIR, default=[0.05, 0.25],
       help="area of a local crop (lineage 0.05 0.25)")
     a("--flip", type=share, default=0.5, help="probability of a mirrored crop (lineage 0.5)")
-    a("--jitter", type=positive, nargs=4, default=[0.4, 0.4, 0.4, 0.0], metavar=("B", "C", "S", "H"),
+    a("--jitter", type=number, nargs=4, default=[0.4, 0.4, 0.4, 0.0], metavar=("B", "C", "S", "H"),
       help="strength of brightness, contrast, saturation, hue, applied with probability 0.8 (paper 0.4 0.4, "
            "lineage 0.4 0; toy 0)")
     a("--grey", type=share, default=0.2, help="probability of a grey crop (lineage 0.2; toy 0.6)")
     a("--blur", type=share, nargs=3, default=[1.0, 0.1, 0.5], metavar="P",
       help="probability of blur (paper 1, lineage 0.1 0.5)")
-    a("--blur_sigma", type=above(0.0), nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"),
+    a("--blur_sigma", type=above(0.0), **PAIR, default=[0.1, 2.0],
       help="its sigma in pixels (lineage 0.1 2; toy 0.1 0.5)")
     a("--solarize", type=share, nargs=3, default=[0.0, 0.2, 0.0], metavar="P",
       help="probability of solarisation (paper: view 2 0.2; toy 0)")
@@ -266,26 +259,26 @@ def add_training(p) -> None:
     a = g.add_argument
     a("--batch_size", type=at_least(2), default=48,
       help="images per rank (paper 48; toy 64); more are more negatives, so at least 2")
-    a("--accum", type=at_least(1), default=1,
+    a("--accum", type=count, default=1,
       help="batches per step, one after another: multiplies the global batch and the learning rate, not the "
            "negatives, which are those of one batch, as are the statistics of BatchNorm")
-    a("--epochs", type=at_least(1),
+    a("--epochs", type=count,
       help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 6); raised "
            "on a resume, it stretches the schedules")
-    a("--warmup_epochs", type=at_least(0.0), default=10, help="linear warm-up (lineage 10; toy 1)")
-    a("--lr", type=at_least(0.0), default=5e-4,
+    a("--warmup_epochs", type=number, default=10, help="linear warm-up (lineage 10; toy 1)")
+    a("--lr", type=number, default=5e-4,
       help="learning rate per 256 images of global batch (lineage 5e-4; toy 4e-3)")
-    a("--min_lr", type=at_least(0.0), default=1e-6, help="learning rate at the last step (lineage 1e-6)")
-    a("--weight_decay", type=at_least(0.0), default=0.04,
+    a("--min_lr", type=number, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
+    a("--weight_decay", type=number, default=0.04,
       help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")
-    a("--clip_grad", type=at_least(0.0), default=3.0, help="largest gradient norm, 0 for none (lineage 3.0)")
+    a("--clip_grad", type=number, default=3.0, help="largest gradient norm, 0 for none (lineage 3.0)")
     a("--compile", action="store_true", help="torch.compile the ViTs: for CUDA; on CPU it does not pay")
     a("--checkpointing", action="store_true",
       help="compute the activations of a block again in backward: less memory, more time, same result")
     run.add_shared(g, "precision seed device", precision="auto")
 
     g = p.add_argument_group("run")
-    run.add_shared(g, "output_dir force save_every log_every stop_at")
+    run.add_shared(g, "output_dir force save_every log_every tensorboard stop_at")
     g.add_argument("--keep", type=at_least(0), default=0,
                    help="epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
     g.add_argument("--knn_every", type=at_least(0), default=10,
@@ -321,10 +314,9 @@ def get_args(argv=None) -> argparse.Namespace:
     if p.parse_args(argv).data in (None, "toy"):
         p.set_defaults(**TOY)
     args = p.parse_args(argv)
-    args.parser = p
     args.arch = ALIASES.get(args.arch, args.arch)
     if args.epochs is None:
-        args.epochs = PAPER_EPOCHS.get(args.arch, 500)
+        args.epochs = 400 if args.arch == "vit_b" else 500             # the paper's
     if args.drop_align is None:
         args.drop_align = args.patch_size
     if args.global_crops_scale is None:
@@ -380,7 +372,7 @@ def crops(args) -> MultiCrop:
     return MultiCrop(augmentation, corruption, args.patch_size)
 
 
-def describe(args, images, batches: Batches, block: int) -> str:
+def describe(args, batches: Batches, block: int) -> str:
     """The launch line."""
     accum = f" x {args.accum}" if args.accum > 1 else ""
     ranks = f"{world_size()} ranks x " if world_size() > 1 else ""
@@ -389,10 +381,6 @@ def describe(args, images, batches: Batches, block: int) -> str:
             f"{ranks}{args.batch_size}{accum} images in {args.precision}, lr {global_lr(args):.2e}\n"
             f"[D] anchors {args.patch_tokens}, negatives {args.patch_negatives} of this rank, head norm "
             f"{args.head_norm}, blocks of up to {block} px aligned to {args.drop_align}")
-
-
-def plural(n: int, word: str) -> str:
-    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -404,44 +392,25 @@ def main(args: argparse.Namespace) -> None:
     say(f"{args.data}: {images.about}" + (f"; listed in {seconds:.0f} s" if seconds > 1 else ""))
     if val is not None:
         say(f"val: {val.about}")
-    args.images = f"{len(images)} ({data.digest(images)})"             # stored: a resume compares them
+    args.images = training.fingerprint(images)
     transform = crops(args)
     batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
                       pin=device.type == "cuda")
-    say(describe(args, images, batches, transform.largest_block))
+    say(describe(args, batches, transform.largest_block))
 
     student, teacher = networks(args, device)
-    optimizer = torch.optim.AdamW(param_groups(student, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),
-                                  fused=device.type != "mps")
+    untrained = copy.deepcopy(teacher.backbone)
+    groups = param_groups(student, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    parts = {"student": student, "teacher": teacher}
+    first = training.resume(args, MAY_CHANGE, parts, optimizer)
 
-    path = Path(args.output_dir) / "last.pth"
-    last = checkpoint.load(path) if os.path.exists(path) else None
-    run.claim_folder(args, args.parser, MAY_CHANGE, last)
-    monitor = Monitor(args, images, val, device, batches.per_epoch, untrained=teacher.backbone)
-    first = 0
-    if last is not None:
-        checkpoint.restore(path, [(student, last["student"]), (teacher, last["teacher"])])
-        optimizer.load_state_dict(last["optimizer"])
-        first = last["step"]
-        say(f"going on from {path}, step {first}")
-        if last["options"]["epochs"] != args.epochs:
-            say(f"--epochs {last['options']['epochs']} -> {args.epochs}: learning rate and momentum go on as "
-                f"in a run of {args.epochs} epochs")
-    run.begin_log(args, new=last is None)
-    monitor.begin(first, student, teacher)
-
-    def save(step: int) -> None:
-        save_run(args, unwrap(student), teacher, optimizer, step, batches.per_epoch)
-
-    if world_size() > 1:
-        devices = [device] if device.type == "cuda" else None
-        student = nn.parallel.DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
-    try:
-        train(student, teacher, optimizer, batches, monitor, args, device, first, save)
-    except data.LoaderDied:
-        save(monitor.bar.n)                                            # between two steps
-        raise
-    monitor.finish(unwrap(student), teacher.backbone)
+    save = partial(save_run, args, student, teacher, optimizer, batches.per_epoch)
+    monitor = Monitor(args, images, val, device, batches.per_epoch, save, student, teacher, untrained)
+    monitor.begin(first)
+    network = training.on_all_ranks(student, device)
+    train(network, teacher, optimizer, batches, monitor, args, device, first)
+    monitor.finish()
 
 
 if __name__ == "__main__":

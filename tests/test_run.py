@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import run
+import training
 from run import Mistake
 
 ROOT = Path(__file__).parent.parent
@@ -121,22 +122,22 @@ def test_files_to_write_are_tried_first(tmp_path):
 # ---- the folder of a run ----
 
 def test_other_options_are_refused_and_new_ones_are_not(tmp_path):
-    stored = {"step": 3, "options": run.options_of(args_of(tmp_path))}
-    run.claim_folder(args_of(tmp_path), parser(), set(), stored)
+    stored = {"step": 3, "options": training.options_of(args_of(tmp_path))}
+    training.claim_folder(args_of(tmp_path), set(), stored)
     with pytest.raises(Mistake, match="--width 8 -> 9; give another --output_dir"):
-        run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
-    run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), {"width"}, stored)
-    run.claim_folder(args_of(tmp_path, "--width", "9", "--force"), parser(), {"force"}, stored)
+        training.claim_folder(args_of(tmp_path, "--width", "9"), set(), stored)
+    training.claim_folder(args_of(tmp_path, "--width", "9"), {"width"}, stored)
+    training.claim_folder(args_of(tmp_path, "--width", "9", "--force"), set(), stored)
     del stored["options"]["width"]                                     # a run from before this option
-    run.claim_folder(args_of(tmp_path), parser(), set(), stored)
+    training.claim_folder(args_of(tmp_path), set(), stored)
     with pytest.raises(Mistake, match="--width 8 -> 9"):
-        run.claim_folder(args_of(tmp_path, "--width", "9"), parser(), set(), stored)
+        training.claim_folder(args_of(tmp_path, "--width", "9"), set(), stored)
     with pytest.raises(Mistake, match="not written by this script"):
-        run.claim_folder(args_of(tmp_path), parser(), set(), {"step": 1, "options": "x"})
+        training.claim_folder(args_of(tmp_path), set(), {"step": 1, "options": "x"})
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
-    run.claim_folder(args_of(tmp_path), parser(), set(), None)
+    training.claim_folder(args_of(tmp_path), set(), None)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from pathlib import Path\n"
             f"try: run.lock(Path({str(tmp_path)!r}))\nexcept run.Mistake as e: print(e)")
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -146,17 +147,44 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(Mistake, match="--output_dir .*file: cannot be written"):
-        run.claim_folder(args_of(tmp_path / "file"), parser(), set(), None)
+        training.claim_folder(args_of(tmp_path / "file"), set(), None)
 
 
 def test_a_new_run_does_not_take_over_the_lines_of_a_dead_one(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 0, "knn_cls": 99.0}\n')
     (tmp_path / ".last.pth.123").write_text("half a file")
-    run.begin_log(args_of(tmp_path), new=False)
+    training.begin_log(args_of(tmp_path), new=False)
     assert (tmp_path / "log.jsonl").exists() and not (tmp_path / ".last.pth.123").exists()
-    run.begin_log(args_of(tmp_path), new=True)
+    training.begin_log(args_of(tmp_path), new=True)
     assert not (tmp_path / "log.jsonl").exists()
     assert json.loads((tmp_path / "run.json").read_text())["options"]["width"] == 8
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
+    import torch
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            written.append("flush")
+    stub = Namespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    args = Namespace(output_dir=str(tmp_path), save_every="15m", tensorboard=True)
+    guard = training.Guard(args, [], torch.device("cpu"), 4, save=None)
+    guard.write({"step": 2, "epoch": 0.5, "loss": 1.23456789})
+    guard.write({"epoch": 3, "knn_cls": 50.0})
+    assert written == [("step", 2, 2), ("epoch", 0.5, 2), ("loss", 1.234568, 2), "flush",
+                       ("epoch", 3, 12), ("knn_cls", 50.0, 12), "flush"]
+    assert run.read_lines(tmp_path / "log.jsonl")[0]["loss"] == 1.234568
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    with pytest.raises(Mistake, match="--tensorboard: .*pip install tensorboard"):
+        training.Guard(args, [], torch.device("cpu"), 4, save=None)
 
 
 # ---- results ----

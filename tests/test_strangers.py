@@ -24,6 +24,7 @@ import pretrain
 import probes
 import retrieval
 import run
+import training
 import videos
 import zeroshot
 from data import ImageFolder, ToyImages, has_splits, open_images
@@ -201,10 +202,10 @@ def test_an_unreadable_image_with_a_latin1_name_is_named_and_counted(tmp_path):
     name = os.fsdecode(b"caf\xe9.jpg")
     guard = Namespace(images=Namespace(name=lambda i: name), bad=set(), folder=tmp_path)
     for _ in range(2):
-        run.Guard.note_bad(guard, [7])
+        training.Guard.note_bad(guard, {7})
         guard.bad.clear()                                              # the next epoch
     assert (tmp_path / "bad_images.txt").read_bytes() == b"caf\xe9.jpg\n"
-    assert run.bad_names(tmp_path) == {name} and run.bad_names(tmp_path / "new") == set()
+    assert training.bad_names(tmp_path) == {name} and training.bad_names(tmp_path / "new") == set()
 
 
 @pytest.mark.parametrize("module", [pretrain, monitor, finetune, linseg, retrieval, davis, zeroshot, probes])
@@ -228,7 +229,7 @@ def test_force_says_what_it_overrides(tmp_path, capsys):
     run.add_shared(parser, "output_dir force seed")
     args = parser.parse_args(["--output_dir", str(tmp_path), "--seed", "3", "--force"])
     stored = {"options": vars(args) | {"seed": 1, "world_size": 1}, "step": 5}
-    run.claim_folder(args, parser, {"force"}, stored)
+    training.claim_folder(args, set(), stored)
     assert "--force: going on with other options: --seed 1 -> 3" in capsys.readouterr().out
 
 
