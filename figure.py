@@ -225,11 +225,19 @@ def draw_row(name: str, panels: list[tuple], width: int) -> Picture:
 
 def sheet(rows: list[tuple[str, list[tuple]]]) -> Picture:
     """Rows of (name, panels), all panels equally wide; a panel is (title, picture), or (title, picture,
-    scale), see `draw_panel`.  A sheet that would not fit a screen has narrower panels."""
+    scale), see `draw_panel`.  A sheet that would not fit a screen has its rows in several columns, or
+    narrower panels."""
     width = CELL
     while True:
-        out = below([draw_row(name, panels, width) for name, panels in rows])
-        if max(out.size) <= SIDE or width < NARROW:
+        drawn = [draw_row(name, panels, width) for name, panels in rows]
+        most = SIDE // max(row.width for row in drawn)
+        for columns in range(1, max(most, 1) + 1):
+            deep = math.ceil(len(drawn) / columns)
+            stacks = [below(drawn[first:first + deep]) for first in range(0, len(drawn), deep)]
+            out = beside(stacks)
+            if max(out.size) <= SIDE:
+                return out
+        if width < NARROW:
             return out
         width = round(0.85 * width)
 

@@ -62,7 +62,7 @@ def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: t
         say(f"going on from {path}, step {last['step']}")
         before = last["options"].get("epochs")
         if before != getattr(args, "epochs", None):
-            say(f"--epochs {before} -> {args.epochs}: the schedules go on as in a run of {args.epochs} epochs")
+            say(f"--epochs {before} -> {args.epochs}: rates and momentum go on as in such a run")
     begin_log(args, new=last is None)
     return last["step"] if last else 0
 
