@@ -178,8 +178,8 @@ def davis_job(args, folder: str, device: torch.device) -> Job:
                      "--output_dir", Path(args.out) / f"davis/{network.weights}_{size}")
 
     def work(own, network: Network):
-        entry = davis.entry_of(own, network.ckpt, network.vit, Path(own.output_dir), clips)
-        davis.evaluate(own, clips, entry, device)
+        entry = davis.entry_of(own, network.ckpt, network.vit, Path(own.output_dir))
+        davis.all_videos(own, clips, entry, device)
 
     frames = sum(len(clip.frames) for clip in clips)
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}

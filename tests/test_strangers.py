@@ -24,7 +24,6 @@ import pretrain
 import probes
 import retrieval
 import run
-import videos
 import zeroshot
 from data import ImageFolder, ToyImages, has_splits, open_images
 from images import BadImage, read_image
@@ -179,21 +178,6 @@ def test_a_strip_is_refused_before_it_is_enlarged(monkeypatch):
     strip = torch.zeros(3, 4, 60_000, dtype=torch.uint8)
     with pytest.raises(Mistake, match="13500000 tokens, more than 20000"):
         clicks.picture_tokens(vit("vit_micro", 32, 16), strip, CPU, 480)
-
-
-def test_a_first_mask_with_255_among_other_numbers_is_refused(tmp_path):
-    """Such as a JPEG's, clipped: the object would be void, and its fringe three objects."""
-    picture(tmp_path / "frames/0.png")
-    numbers = np.zeros((32, 32), np.uint8)
-    numbers[8:24, 8:24] = 255
-    numbers[8] = range(32)
-    numbers[8] %= 4
-    args = Namespace(video=str(tmp_path / "frames"), first_mask=str(tmp_path / "mask.png"))
-    Image.fromarray(numbers).save(args.first_mask)
-    with pytest.raises(Mistake, match="has 255 beside 1, 2, 3"):
-        videos.find_clips(args, {})
-    Image.fromarray(numbers // 255 * 255).save(args.first_mask)
-    assert videos.find_clips(args, {})[0].objects() == 1
 
 
 # ------------------------------------------------- names in other alphabets, lines, locks
