@@ -143,7 +143,7 @@ def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
 
     def work(own, network: Network):
         size = crop_size(network.vit.patch_size, own.size)
-        probes.evaluate(own, network.ckpt, network.vit, sources, size, device)
+        probes.run_probe(own, network.ckpt, network.vit, sources, size, device)
 
     def cost(own):
         images = 2 * own.limit * own.views if probe == "variance" else sum(map(len, sources))

@@ -1,7 +1,8 @@
 """From clicks on an image to a mask: features, similarity, threshold, the part that was clicked (Fig. 1).
 
     x, z, grid = picture_tokens(vit, image, device, size=480)          # the network runs here, once
-    values, t = prompted(z, on=[token_at((120, 88), image.shape[1:], x.shape[1:], 16, 16)], off=[])
+    on = [token_at((120, 88), image.shape[1:], x.shape[1:], 16, 16)]   # the tokens that were clicked
+    values, t = prompted(z, on, off=[])
     mask = picture_mask(values, t, on, grid, 16, 16)                   # (H, W) bool
 
 The paper's mask is every token whose cosine to the clicked one is at least t, wherever it lies.  Beyond it:
@@ -20,27 +21,27 @@ from model import ViT
 from run import Mistake
 
 MAX_TOKENS = 20_000                            # of a picture: attention is quadratic
-AUTO = {False: 0.5, True: 0.35}                # of `auto_threshold`: for tokens as they are, and centred
 
 
 # ------------------------------------------------- tokens
-@torch.no_grad()
 def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
     """(B, 3, H, W) normalised pixels -> (B, N, D) float32 L2-normalised patch tokens of a block, by default
     of the last, after the final norm."""
-    if block == -1:
-        tokens = vit(x)
-    else:
-        tokens = vit.intermediate(x, [block], norm=True)[0]
-    patches = tokens[:, vit.num_prefix_tokens:]
-    return F.normalize(patches.float(), dim=-1)
+    return block_features(vit, x, [block])[0]
+
+
+@torch.no_grad()
+def block_features(vit: ViT, x: Tensor, blocks: list[int]) -> list[Tensor]:
+    """The same of several blocks, in one pass."""
+    outputs = vit.intermediate(x, blocks, norm=True)
+    patches = [tokens[:, vit.num_prefix_tokens:].float() for tokens in outputs]
+    return [F.normalize(z, dim=-1) for z in patches]
 
 
 def centred(z: Tensor) -> Tensor:
     """Tokens (N, D) minus their mean, normalised again.  What all tokens of an image share does not tell its
     objects apart."""
-    shared = z.mean(0)
-    return F.normalize(z - shared, dim=-1)
+    return F.normalize(z - z.mean(0), dim=-1)
 
 
 # ------------------------------------------------- similarity and threshold
@@ -76,7 +77,7 @@ def auto_threshold(maps: Tensor, clicks: int = 1, centre: bool = False) -> Tenso
     maps: (..., N), before `take_away`.  Returns (..., 1)."""
     low = maps.mean(-1, keepdim=True)
     high = maps.amax(-1, keepdim=True)
-    c = AUTO[centre]
+    c = 0.35 if centre else 0.5
     share = 1 - c / clicks**0.5
     return low + share * (high - low)
 
@@ -111,8 +112,7 @@ def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
     from scipy.ndimage import label
     neighbours = np.zeros((3, 3, 3))
     neighbours[1] = 1                                                  # none in the mask before or after
-    images = masks.view(-1, *grid).numpy()
-    numbers, _ = label(images, neighbours)                             # 0 = outside; none is in two masks
+    numbers, _ = label(masks.view(-1, *grid), neighbours)              # 0 = outside; none is in two masks
     numbers = torch.from_numpy(numbers).flatten(1)                     # (Q, h*w)
     clicked = numbers.gather(1, points)
     clicked = clicked[clicked > 0]
@@ -125,25 +125,20 @@ def to_pixels(
     """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
     axes = []
     for n in grid:
-        side = (n - 1) * stride + patch
-        pixel = torch.arange(side, device=maps.device)
+        pixel = torch.arange((n - 1) * stride + patch, device=maps.device)
         token = (pixel + 0.5 - patch / 2) / stride
         axes.append(2 * token / max(n - 1, 1) - 1)                     # -1 and 1 are the outer centres
     y, x = torch.meshgrid(*axes, indexing="ij")
     places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
-    places = places.expand(len(maps), -1, -1, -1)
-    maps = maps.view(-1, 1, *grid)
     mode = "bilinear" if smooth else "nearest"
-    pixels = F.grid_sample(maps, places, mode, "border", align_corners=True)
-    return pixels[:, 0]
+    pixels = F.grid_sample(maps.view(1, -1, *grid), places[None], mode, "border", align_corners=True)
+    return pixels[0]
 
 
 def middle_pixels(tokens: Tensor, columns: int, patch: int, stride: int) -> Tensor:
     """Numbers of tokens -> numbers of the pixels in the middle of them, in the maps of `to_pixels`."""
-    row = tokens // columns
-    column = tokens % columns
-    y = row * stride + patch // 2
-    x = column * stride + patch // 2
+    y = tokens // columns * stride + patch // 2
+    x = tokens % columns * stride + patch // 2
     width = (columns - 1) * stride + patch
     return y * width + x
 
@@ -194,8 +189,7 @@ def picture_tokens(
     if N > MAX_TOKENS:
         raise Mistake(f"{N} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
     x = resize(image, sides)
-    pixels = normalize(x[None].to(device))
-    z = patch_features(vit, pixels, block)
+    z = patch_features(vit, normalize(x[None].to(device)), block)
     return x, z[0].cpu(), grid
 
 

@@ -38,7 +38,6 @@ from model import ViT
 from run import Mistake
 
 HERE = Path(__file__).parent
-BOX = HERE / "mmc.pth"                         # the weights in the box
 PHOTOS = ("docs/cat.jpg", "docs/coffee.jpg")   # the photographs in the box
 CREDIT = "Photographs: cat by Stéfan van der Walt, coffee by Rachel Michetti, from scikit-image, CC0."
 EXAMPLES = 10                                  # of a folder
@@ -116,16 +115,15 @@ class Clicks(NamedTuple):
 
 # ------------------------------------------------- the networks, and what they said of the last pictures
 class Networks:
-    """Checkpoints by name, and a bounded cache of features, the least recently used dropped first.  All users
-    share it; one forward runs at a time, and clicks on a picture that is known do not wait for it."""
+    """Checkpoints by name, and a bounded cache of features, the oldest dropped first.  All users share it;
+    one forward runs at a time, and clicks on a picture that is known do not wait for it."""
 
     def __init__(self, vits: dict[str, ViT], device, size: int = 480, budget: int = CACHE):
         self.vits = vits
         self.device = device
         self.size = size
         self.budget = budget
-        self.kept = {}                         # (picture, name, fine, layer): features, the last used last
-        self.cache = threading.Lock()
+        self.kept = {}                         # (picture, name, fine, layer): features
         self.forward = threading.Lock()
 
     def tokens(self, picture: Picture, name: str, fine: int = 1, layer: int = 0) -> tuple:
@@ -138,24 +136,16 @@ class Networks:
         if not 0 <= layer < vit.depth:
             raise Mistake(f"{name} has {vit.depth} blocks: at most {vit.depth - 1} before the last")
         key = (picture.key, name, fine, layer)
-        found = self.recall(key)
-        if found is None:
-            with self.forward:
-                found = self.recall(key)       # another user may have asked for it meanwhile
-                if found is None:
-                    found = picture_tokens(vit, picture.image, self.device, self.size, P // fine, -1 - layer)
-                    self.recall(key, found)
-        return found
-
-    def recall(self, key: tuple, new=None):
-        """The features that are kept, or the new ones, which are kept from now on."""
-        with self.cache:
-            found = self.kept.pop(key, new)
-            if found:
-                self.kept[key] = found
-            while self.nbytes() > self.budget:
-                del self.kept[next(iter(self.kept))]
+        if found := self.kept.get(key):
             return found
+        with self.forward:
+            found = self.kept.get(key)         # another user may have asked for it meanwhile
+            if found is None:
+                found = picture_tokens(vit, picture.image, self.device, self.size, P // fine, -1 - layer)
+                self.kept[key] = found
+                while self.nbytes() > self.budget:
+                    del self.kept[next(iter(self.kept))]
+        return found
 
     def nbytes(self) -> int:
         return sum(x.nbytes + z.nbytes for x, z, _ in self.kept.values())
@@ -181,15 +171,14 @@ def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str
 
     The mask is the part that was clicked, with smooth edges; paper: all patches that are similar, as in the
     paper.  Raises Mistake."""
-    if clicks.picture is None or not clicks.of(True):
+    if not clicks.of(True):
         return None
     x, z, grid = networks.tokens(clicks.picture, name, fine, layer)
     P = networks.vits[name].patch_size
     S = P // fine
-    old = tuple(clicks.picture.image.shape[1:])
-    number = partial(token_at, old=old, new=tuple(x.shape[1:]), P=P, S=S)
-    on = list({number(point) for point in clicks.of(True)})            # a double click is one prompt
-    off = list({number(point) for point in clicks.of(False)})
+    number = partial(token_at, old=clicks.picture.image.shape[1:], new=x.shape[1:], P=P, S=S)
+    on = list(set(map(number, clicks.of(True))))                       # a double click is one prompt
+    off = list(set(map(number, clicks.of(False))))
     values, t = prompted(z, on, off, threshold)                        # (N,)
     mask = picture_mask(values, t, on, grid, P, S, smooth=not paper, contiguous=not paper).numpy()
     pixels = to_pixels(values[None], grid, P, S, smooth=not paper)[0]  # (H', W')
@@ -204,9 +193,9 @@ def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str
 def box_examples(size: int) -> list[Picture]:
     """The photographs in the box, and toy scenes."""
     toys = ToyImages("test", 4, size)
-    images = [read_image(HERE / name) for name in PHOTOS]
-    images += [toys.read(i) for i in range(len(toys))]
-    return [shown(image, size) for image in images]
+    photos = [read_image(HERE / name) for name in PHOTOS]
+    scenes = [toys.read(i) for i in range(len(toys))]
+    return [shown(image, size) for image in photos + scenes]
 
 
 def folder_examples(folder: str, size: int) -> list[Picture]:
@@ -377,17 +366,6 @@ def launch(blocks, host: str, port: int) -> str:
 
 
 # ------------------------------------------------- the command
-def default_ckpt(folder: str = "out") -> str:
-    """mmc.pth, or else the newest backbone.pth below the folder.  Raises Mistake, saying how to make one."""
-    found = sorted(Path(folder).rglob("backbone.pth"), key=lambda path: path.stat().st_mtime)
-    if BOX.exists():
-        found.append(BOX)
-    if not found:
-        raise Mistake(f"no mmc.pth beside demo.py and no backbone.pth below {folder}/: run python "
-                      "pretrain.py, which makes one in minutes, or give --ckpt FILE or --ckpt random:vit_s")
-    return str(found[-1])
-
-
 def new_name(path: str, taken) -> str:
     """out/vit_s/backbone.pth -> vit_s/backbone, dino.pth -> dino, the second of a name -> dino (2)."""
     name = short_name(path)
@@ -397,8 +375,8 @@ def new_name(path: str, taken) -> str:
 
 def get_args(argv=None):
     p = run.Parser(description=__doc__)
-    p.add_argument("--ckpt", nargs="+", help="checkpoints of any method, or random:ARCH/PATCH (default: "
-                   "mmc.pth, or else the newest backbone.pth below out/)")
+    p.add_argument("--ckpt", nargs="+", default=[str(HERE / "mmc.pth")], help="checkpoints of any method, or "
+                   "random:ARCH/PATCH (default: mmc.pth)")
     p.add_argument("--images", metavar="DIR", help=f"folder of examples; {EXAMPLES} are shown")
     p.add_argument("--size", type=run.between(16, 2048), default=480, help="pixels of the short side "
                    "(default: %(default)s); the first answer costs its 2nd to 4th power")
@@ -418,7 +396,7 @@ def main(args) -> None:
     device = run.begin(args, one_process=True)
     examples = folder_examples(args.images, args.size) if args.images else box_examples(args.size)
     vits = {}
-    for path in args.ckpt or [default_ckpt()]:
+    for path in args.ckpt:
         vits[new_name(path, vits)] = open_backbone(args, path, device)
     blocks = page(gradio, Networks(vits, device, args.size), examples, "" if args.images else CREDIT)
     say(f"open {launch(blocks, args.host, args.port)}")

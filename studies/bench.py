@@ -207,13 +207,13 @@ def bench_davis(args, device: torch.device, _peaks) -> dict:
 
 
 def bench_knn(args, device: torch.device, _peaks) -> dict:
-    import probes
+    from knn import knn_predict
     from tests.plain_forms import plain_knn
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(1000, (50_000,), generator=g).to(device)
     train, test = (F.normalize(torch.randn(n, 384, generator=g), dim=1).to(device) for n in (50_000, 1_000))
     forms = {"plain": lambda: plain_knn(train, labels, test, 20),
-             "ours": lambda: probes.knn_predict(train, labels, test, [20])[0]}
+             "ours": lambda: knn_predict(train, labels, test, [20])[0]}
     plain, ours = (form() for form in forms.values())
     assert torch.equal(plain, ours)
     return compare("k-NN, 50,000 train, 1,000 test, D 384, k 20", forms, args, device)

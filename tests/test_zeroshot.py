@@ -3,6 +3,7 @@ clear line before any work.  With MMC_TEST_DATA also on real annotations, images
 
 import csv
 import json
+import math
 import runpy
 import sys
 
@@ -98,7 +99,7 @@ def test_a_kind_without_targets_has_a_line(capsys):
         "miou": {"0.0": 1.0},
         "auto_others": {"miou": 1.0},
         "everything_others": {"miou": 2.0},
-        **dict.fromkeys(("intra", "inter", "overlap"), None),
+        **dict.fromkeys(("intra", "inter", "overlap"), math.nan),
         **dict.fromkeys(("n_prompts", "n_categories", "n_images", "n_skipped", "images_per_s"), 0),
         "left_out": {},
     }
