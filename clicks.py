@@ -1,15 +1,14 @@
 """From clicks on an image to a mask: features, similarity, threshold, the part that was clicked (Fig. 1).
 
-    x, z, grid = picture_tokens(vit, image, device, size=480)          # the network runs here, once
-    on = [token_at((120, 88), image.shape[1:], x.shape[1:], 16, 16)]   # the tokens that were clicked
-    values, t = prompted(z, on, off=[])
-    mask = picture_mask(values, t, on, grid, 16, 16)                   # (H, W) bool
+    tokens = picture_tokens(vit, image, device, size=480)              # the network runs here, once
+    similarity, t, mask = select(tokens, on=[(120, 88)], off=[])       # (N,), a number, (H, W) bool
 
 The paper's mask is every token whose cosine to the clicked one is at least t, wherever it lies.  Beyond it:
 tokens may be `centred` first, and the mask `connected` with its clicks.  Nothing is trained here.
 
 Shapes: N = h*w tokens, D width, Q prompts of n clicks each, H x W pixels, P patch size, S stride."""
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -176,12 +175,32 @@ def token_at(
     return row * columns + column
 
 
+class Tokens(NamedTuple):
+    """A picture as a network sees it.  given: (height, width) before it was resized."""
+    image: Tensor                                                      # (3, H, W) uint8
+    z: Tensor                                                          # (N, D), on the CPU
+    grid: tuple[int, int]
+    P: int
+    S: int
+    given: tuple[int, int]
+
+    def at(self, points: list[tuple[float, float]]) -> Tensor:
+        """Pixels of the picture as given -> (1, n) numbers of tokens; a double click is one prompt."""
+        found = [token_at(point, self.given, self.image.shape[1:], self.P, self.S) for point in points]
+        return torch.tensor([list(dict.fromkeys(found))])
+
+    def pixels(self, values: Tensor, smooth: bool = True) -> Tensor:
+        """(N,) -> (H, W)."""
+        return to_pixels(values[None].float(), self.grid, self.P, self.S, smooth)[0]
+
+
 def picture_tokens(
     vit: ViT, image: Tensor, device: torch.device,
     size: int, stride: int | None = None, block: int = -1,
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(3, H, W) uint8 -> the image of short side `size`, (3, H', W') uint8, its tokens (N, D) on the CPU, and
-    their grid.  Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
+) -> Tokens:
+    """(3, H, W) uint8 -> the tokens of the image, its short side made `size`.
+
+    Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
     sides = fitted(image, size, vit.patch_size)
     vit.patch_embed.stride = stride or vit.patch_size
     grid = vit.patch_embed.grid(*sides)
@@ -190,30 +209,22 @@ def picture_tokens(
         raise Mistake(f"{N} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
     x = resize(image, sides)
     z = patch_features(vit, normalize(x[None].to(device)), block)
-    return x, z[0].cpu(), grid
+    return Tokens(x, z[0].cpu(), grid, vit.patch_size, vit.patch_embed.stride, image.shape[1:])
 
 
-def prompted(
-    z: Tensor, on: list[int], off: list[int],
+def select(
+    tokens: Tokens, on: list, off: list,
     threshold: float | str = "auto", combine: str = "max", centre: bool = False,
-) -> tuple[Tensor, float]:
-    """Tokens z (N, D), those clicked on and beside the object -> similarity (N,) and the threshold for it."""
-    points = torch.tensor([on])
-    background = torch.tensor([off]) if off else None
-    maps, auto = prompt_maps(z, points, background, combine, centre)
-    if threshold == "auto":
-        threshold = auto.item()
-    return maps[0], threshold
-
-
-def picture_mask(
-    values: Tensor, t: float, on: list[int], grid: tuple[int, int], P: int, S: int,
     smooth: bool = True, contiguous: bool = False,
-) -> Tensor:
-    """Similarity (N,) and its threshold -> (H, W) bool.  contiguous: only the parts that were clicked."""
-    mask = to_pixels(values[None], grid, P, S, smooth) >= t            # (1, H, W)
+) -> tuple[Tensor, float, Tensor]:
+    """Clicks (x, y) on an object and beside it, in pixels of the picture as given -> the similarity (N,), the
+    threshold for it, and the mask (H, W) bool.  contiguous: only the parts that were clicked."""
+    points = tokens.at(on)
+    background = tokens.at(off) if off else None
+    maps, auto = prompt_maps(tokens.z, points, background, combine, centre)
+    t = auto.item() if threshold == "auto" else threshold
+    mask = tokens.pixels(maps[0], smooth) >= t
     if contiguous:
-        points = middle_pixels(torch.tensor([on]), grid[1], P, S)
-        parts = connected(mask.flatten(1), points, mask.shape[1:])
-        mask = parts.view(mask.shape)
-    return mask[0]
+        places = middle_pixels(points, tokens.grid[1], tokens.P, tokens.S)
+        mask = connected(mask.view(1, -1), places, mask.shape).view(mask.shape)
+    return maps[0], t, mask

@@ -34,7 +34,7 @@ import data
 import figure
 import run
 from checkpoint import short_name
-from clicks import picture_mask, picture_tokens, prompted, to_pixels, token_at, working_size
+from clicks import picture_tokens, select, working_size
 from distributed import say
 from images import normalize, read_image
 from model import ViT
@@ -187,39 +187,33 @@ def picture_row(vit: ViT, image: Tensor, device: torch.device,
                 args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The titled cells of one checkpoint.  args: size, stride, point, background_point, threshold, combine,
     centre, contiguous, upsample, heads, kmeans, seed."""
-    x, z, grid = picture_tokens(vit, image, device, args.size or 480, args.stride)
-    photo = x.permute(1, 2, 0).numpy()
-    P = vit.patch_size
-    S = vit.patch_embed.stride
-
-    def pixels(values, smooth=True):
-        return to_pixels(values[None].float(), grid, P, S, smooth)[0]
-
+    tokens = picture_tokens(vit, image, device, args.size or 480, args.stride)
+    photo = tokens.image.permute(1, 2, 0).numpy()
     cells = [("image", photo)]
     if args.point:
-        old = tuple(image.shape[1:])
-        new = tuple(x.shape[1:])
-        on = [token_at(point, old, new, P, S) for point in args.point]
-        off = [token_at(point, old, new, P, S) for point in args.background_point]
-        values, t = prompted(z, on, off, args.threshold, args.combine, args.centre)
+        values, t, mask = select(
+            tokens, args.point, args.background_point,
+            args.threshold, args.combine, args.centre, args.upsample, args.contiguous,
+        )
         low = values.min().item()
         high = values.max().item()
-        mask = picture_mask(values, t, on, grid, P, S, args.upsample, args.contiguous).numpy()
+        clicked = figure.marked(photo, tokens.given, args.point, args.background_point)
         chosen = " (auto)" if args.threshold == "auto" else ""
         cells = [
-            ("prompt", figure.marked(photo, old, args.point, args.background_point)),
-            (f"similarity, {low:.2f} to {high:.2f}", figure.heat(pixels(values), low, high)),
-            (f"mask, t = {t:.2f}{chosen}", figure.cut_out(photo, mask)),
+            ("prompt", clicked),
+            (f"similarity, {low:.2f} to {high:.2f}", figure.heat(tokens.pixels(values), low, high)),
+            (f"mask, t = {t:.2f}{chosen}", figure.cut_out(photo, mask.numpy())),
         ]
 
-    attention = vit.attention(normalize(x[None].to(device)))[0].cpu()  # (heads, N)
+    x = normalize(tokens.image[None].to(device))
+    attention = vit.attention(x)[0].cpu()                              # (heads, N)
     maps = {"CLS attention": attention.mean(0)}
     if args.heads:
         maps = {f"head {i}": weights for i, weights in enumerate(attention, start=1)}
     for title, weights in maps.items():
-        cells.append((title, figure.heat(pixels(weights), 0, weights.quantile(0.99).item())))
-    clusters = pixels(kmeans(z, args.kmeans, args.seed), smooth=False).long().numpy()
-    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, clusters)))
+        cells.append((title, figure.heat(tokens.pixels(weights), 0, weights.quantile(0.99).item())))
+    clusters = tokens.pixels(kmeans(tokens.z, args.kmeans, args.seed), smooth=False)
+    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, clusters.long().numpy())))
     return cells
 
 
