@@ -143,7 +143,7 @@ def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
 
     def work(own, network: Network):
         size = crop_size(network.vit.patch_size, own.size)
-        probes.run_probe(own, network.ckpt, network.vit, sources, size, device)
+        probes.run_one(own, network.ckpt, network.vit, sources, size, device)
 
     def cost(own):
         images = 2 * own.limit * own.views if probe == "variance" else sum(map(len, sources))
@@ -179,7 +179,7 @@ def davis_job(args, folder: str, device: torch.device) -> Job:
 
     def work(own, network: Network):
         entry = davis.entry_of(own, network.ckpt, network.vit, Path(own.output_dir))
-        davis.all_videos(own, clips, entry, device)
+        davis.run_one(own, clips, entry, device)
 
     frames = sum(len(clip.frames) for clip in clips)
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}
@@ -214,20 +214,10 @@ def retrieval_job(args, folder: str, device: torch.device) -> Job:
     images = retrieval.Revisited(folder)
 
     def options(network: Network, _seed: int):
-        own = parse(args, "retrieval", probes.get_args, network.ckpt, "retrieval", "--data", folder)
-        own.scales = [1, 2 ** -0.5, 0.5] if own.multi_scale else [1]
-        return own
+        return parse(args, "retrieval", probes.get_args, network.ckpt, "retrieval", "--data", folder)
 
-    def work(own, network: Network):
-        started = time.time()
-        order, queries, unreadable = retrieval.rank(network.vit, images, own, device)
-        metrics = retrieval.report(images, order, queries) | unreadable.for_json()
-        protocol = {name: getattr(own, name) for name in retrieval.PROTOCOL}
-        run.record(own.json, eval="retrieval", ckpt=network.ckpt, weights=network.weights, data=folder,
-                   data_digest=data.digest(images), protocol=protocol, metrics=metrics,
-                   seconds=time.time() - started, device=device)
-
-    return Job("retrieval", folder, data.digest(images), [0], options, work,
+    return Job("retrieval", folder, data.digest(images), [0], options,
+               lambda own, network: retrieval.run_one(own, network.ckpt, network.vit, images, device),
                lambda own: (len(images) * len(own.scales), own.imsize))
 
 

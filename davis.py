@@ -273,7 +273,7 @@ def one_video(args, clip: Clip, entry: Entry, unreadable: Unreadable) -> tuple[d
     return rows, f"{line}; J&F {mean['J&F-Mean']:.1f}  J {mean['J-Mean']:.1f}  F {mean['F-Mean']:.1f}"
 
 
-def all_videos(args, clips: list[Clip], entry: Entry, device: torch.device) -> None:
+def run_one(args, clips: list[Clip], entry: Entry, device: torch.device) -> None:
     """Each rank propagates and scores its share of the clips; rank 0 says and writes what all found."""
     start = time.perf_counter()
     frames = sum(len(clip.frames) for clip in clips)
@@ -345,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
         say(f"protocol: {constants}; tokens after the final norm; scored without first and last frame")
         entries = open_entries(args, out, device)
     for entry in entries:
-        all_videos(args, clips, entry, device)
+        run_one(args, clips, entry, device)
 
 
 def open_entries(args, out: Path, device: torch.device) -> list[Entry]:

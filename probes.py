@@ -359,10 +359,10 @@ def main(args: argparse.Namespace) -> None:
         raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
     sources = open_sources(args)
     for ckpt, vit, size in zip(args.ckpt, networks, sizes, strict=True):
-        run_probe(args, ckpt, vit, sources, size, device)
+        run_one(args, ckpt, vit, sources, size, device)
 
 
-def run_probe(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
+def run_one(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
     """One probe of one checkpoint: says and records it."""
     began = time.perf_counter()
     unreadable = Unreadable(sum(map(len, sources)), args.max_bad)

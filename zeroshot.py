@@ -65,7 +65,7 @@ def table_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) 
     say(scenes.about)
     results = {}
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
-        results[ckpt] = table_row(args, ckpt, vit, scenes, device)
+        results[ckpt] = run_one(args, ckpt, vit, scenes, device)
     if args.csv:
         write_csv(args.csv, results)
     if args.similarity:
@@ -75,7 +75,7 @@ def table_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) 
         say(f"densities drawn in {args.similarity}")
 
 
-def table_row(args, ckpt: str, vit: ViT, scenes: Scenes, device: torch.device) -> Result:
+def run_one(args, ckpt: str, vit: ViT, scenes: Scenes, device: torch.device) -> Result:
     """Evaluate one checkpoint, say and record what came out."""
     protocol = protocol_of(args, vit)
     choices = asdict(protocol) | {"precision": args.precision}
