@@ -4,16 +4,14 @@
     python demo.py                                       # mmc.pth, two photographs and some toy scenes
     python demo.py --ckpt mmc.pth dino.pth random:vit_s --images photos/       # any of them, side by side
 
-Masks are those of `zeroshot.py --image --contiguous`; here are a user's clicks, a cache of features that all
-users share, and the page.  The network runs once for each (picture, checkpoint, stride, layer); a click after
-that is one matrix product and drawing.  ViT-S/16 at 480x480 on one core: 0.7 s for the first answer, then
-20 ms a click; the first at a stride of half a patch takes 5 s, at a quarter 52 s, and others' pictures wait.
+Masks are those of `zeroshot.py --image --contiguous`; here are a user's clicks and the page.  The network
+runs once for each picture and checkpoint; a click after that is one matrix product and drawing.  ViT-S/16 at
+480x480 on one core: 0.7 s for the first answer, then 20 ms a click.
 
 It asks nothing of any other host and listens on 127.0.0.1 unless --host, or $GRADIO_SERVER_NAME, says
 otherwise.  Visitors send pictures, points and settings: sizes are bounded, no path or address is opened.
 
 Shapes: N = h*w tokens, D width, H x W pixels of the picture as shown, H' x W' as the network sees it."""
-import hashlib
 import io
 import os
 import threading
@@ -44,9 +42,8 @@ EXAMPLES = 10                                  # of a folder
 UPLOAD_PIXELS = 50_000_000                     # of an uploaded picture
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 LONGEST = 8                                    # the sides' ratio; beyond it a picture is all tokens
-CACHE = 512 << 20                              # bytes of features: 300 pictures of ViT-S/16 at 480
-FINE = (("patch", 1), ("1/2", 2), ("1/4", 4))  # strides, and how many make a patch
 NONE = "(none)"
+FIRST = "first upload a picture, or pick an example"
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 TEXT = """## Click on the picture
 Nobody told the network what an object is. It compares the patch under your click with all others; the mask is
@@ -60,10 +57,11 @@ STYLE = """
 
 # ------------------------------------------------- a user's picture and clicks
 class Picture(NamedTuple):
-    """image: (3, H, W) uint8 as shown.  key: hash of its pixels.  full: (height, width) as uploaded."""
+    """image: (3, H, W) uint8 as shown.  full: (height, width) as uploaded.  seen: what the networks made of
+    it, by their names; the pictures of examples are shared by all users."""
     image: Tensor
-    key: str
     full: tuple[int, int]
+    seen: dict[str, Tokens]
 
 
 def shown(image: Tensor, size: int) -> Picture:
@@ -71,9 +69,7 @@ def shown(image: Tensor, size: int) -> Picture:
     height, width = image.shape[1:]
     if max(height, width) > LONGEST * min(height, width):
         raise BadImage(f"{width}x{height} pixels: one side is more than {LONGEST} times the other")
-    image = fit(image, size, 1)
-    content = image.numpy().tobytes() + repr(image.shape).encode()
-    return Picture(image, hashlib.blake2b(content).hexdigest(), (height, width))
+    return Picture(fit(image, size, 1), (height, width), {})
 
 
 def open_upload(content: bytes | None, size: int) -> Picture:
@@ -100,7 +96,7 @@ class Clicks(NamedTuple):
     def add(self, x: float, y: float, on: bool = True) -> "Clicks":
         """One more point.  Raises Mistake without a picture, or outside of it."""
         if self.picture is None:
-            raise Mistake("first upload a picture, or pick an example")
+            raise Mistake(FIRST)
         _, height, width = self.picture.image.shape
         if not (0 <= x < width and 0 <= y < height):
             raise Mistake(f"{x:g}, {y:g} is outside of the picture, {width} pixels wide and {height} high")
@@ -113,42 +109,24 @@ class Clicks(NamedTuple):
         return self._replace(points=())
 
 
-# ------------------------------------------------- the networks, and what they said of the last pictures
+# ------------------------------------------------- what a network says
 class Networks:
-    """Checkpoints by name, and a bounded cache of features, the oldest dropped first.  All users share it;
-    one forward runs at a time, and clicks on a picture that is known do not wait for it."""
+    """Checkpoints by name.  One forward runs at a time; clicks on a picture that was seen do not wait."""
 
-    def __init__(self, vits: dict[str, ViT], device, size: int = 480, budget: int = CACHE):
+    def __init__(self, vits: dict[str, ViT], device, size: int = 480):
         self.vits = vits
         self.device = device
         self.size = size
-        self.budget = budget
-        self.kept = {}                         # (picture, name, fine, layer): features
         self.forward = threading.Lock()
 
-    def tokens(self, picture: Picture, name: str, fine: int = 1, layer: int = 0) -> Tokens:
-        """fine: strides in a patch.  layer: blocks before the last.  Raises Mistake for what the network does
-        not have, and for too many tokens."""
-        vit = self.vits[name]
-        P = vit.patch_size
-        if P % fine:
-            raise Mistake(f"{name}: a patch of {P} pixels has no stride of 1/{fine}; choose a larger one")
-        if not 0 <= layer < vit.depth:
-            raise Mistake(f"{name} has {vit.depth} blocks: at most {vit.depth - 1} before the last")
-        key = (picture.key, name, fine, layer)
-        if found := self.kept.get(key):
-            return found
-        with self.forward:
-            found = self.kept.get(key)         # another user may have asked for it meanwhile
-            if found is None:
-                found = picture_tokens(vit, picture.image, self.device, self.size, P // fine, -1 - layer)
-                self.kept[key] = found
-                while self.nbytes() > self.budget:
-                    del self.kept[next(iter(self.kept))]
-        return found
-
-    def nbytes(self) -> int:
-        return sum(tokens.image.nbytes + tokens.z.nbytes for tokens in self.kept.values())
+    def tokens(self, picture: Picture, name: str) -> Tokens:
+        """Raises Mistake for too many tokens."""
+        if name not in picture.seen:
+            with self.forward:
+                if name not in picture.seen:   # another user may have asked for it meanwhile
+                    picture.seen[name] = picture_tokens(
+                        self.vits[name], picture.image, self.device, self.size)
+        return picture.seen[name]
 
 
 class Answer(NamedTuple):
@@ -165,17 +143,21 @@ class Answer(NamedTuple):
         return Image.fromarray(self.mask).resize(full[::-1], Image.Resampling.NEAREST)
 
 
-def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str = "auto", fine: int = 1,
-           layer: int = 0, paper: bool = False) -> Answer | None:
+def answer(
+    networks: Networks, clicks: Clicks, name: str,
+    threshold: float | str = "auto", paper: bool = False,
+) -> Answer | None:
     """What a network says of the clicks; None as long as there is none on an object.
 
     The mask is the part that was clicked, with smooth edges; paper: all patches that are similar, as in the
     paper.  Raises Mistake."""
     if not clicks.of(True):
         return None
-    tokens = networks.tokens(clicks.picture, name, fine, layer)
+    tokens = networks.tokens(clicks.picture, name)
     values, t, mask = select(
-        tokens, clicks.of(True), clicks.of(False), threshold, smooth=not paper, contiguous=not paper)
+        tokens, clicks.of(True), clicks.of(False), threshold,
+        smooth=not paper, contiguous=not paper,
+    )
     low = values.min().item()
     high = values.max().item()
     photo = tokens.image.permute(1, 2, 0).numpy()
@@ -208,18 +190,16 @@ def folder_examples(folder: str, size: int) -> list[Picture]:
 
 
 # ------------------------------------------------- the page
-def layout(gr, networks, examples, credit) -> SimpleNamespace:
+def layout(gr, names: list[str], examples: list[Picture], credit: str) -> SimpleNamespace:
     """All that is to see, by name, the pictures before the settings, so that they are near on a phone.
     rows: of one or two checkpoints, each with choice, box, heat, cut and download."""
-    names = list(networks.vits)
-    deepest = max(vit.depth for vit in networks.vits.values()) - 1
     thumbs = [fit(example.image, 96, 1).permute(1, 2, 0).numpy() for example in examples]
     picture = partial(gr.Image, interactive=False, format="jpeg", min_width=130)
     w = SimpleNamespace(rows=[SimpleNamespace(), SimpleNamespace()])
     w.state = gr.State(Clicks(), time_to_live=3600)
     gr.Markdown(TEXT.format(", ".join(names)))
-    w.examples = gr.Gallery(thumbs, show_label=False, height=106, allow_preview=False, buttons=[],
-                            elem_id="examples")
+    w.examples = gr.Gallery(
+        thumbs, show_label=False, height=106, allow_preview=False, buttons=[], elem_id="examples")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             w.photo = picture(label="click here", buttons=[], elem_id="photo")
@@ -230,34 +210,33 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
                     row.heat = picture(label="similarity", buttons=["fullscreen"])
                     row.cut = picture(label="mask", buttons=["fullscreen"], elem_id=f"mask{i}")
     with gr.Row():
-        w.mode = gr.Radio([("click: object", "object"), ("click: background", "background")], value="object",
-                          show_label=False, container=False, scale=4, min_width=300)
+        w.mode = gr.Radio(
+            [("click: object", "object"), ("click: background", "background")], value="object",
+            show_label=False, container=False, scale=4, min_width=300,
+        )
         small = dict(size="sm", min_width=60)
         w.undo = gr.Button("undo", elem_id="undo", **small)
         w.clear = gr.Button("clear", elem_id="clear", **small)
         w.upload = gr.UploadButton("upload", type="binary", file_types=["image"], **small)
         for i, row in enumerate(w.rows):
-            row.download = gr.DownloadButton(("save mask", "second mask")[i], interactive=False,
-                                             visible=i == 0, elem_id=f"download{i}", **small)
+            title = ("save mask", "second mask")[i]
+            row.download = gr.DownloadButton(
+                title, interactive=False, visible=i == 0, elem_id=f"download{i}", **small)
     with gr.Row(visible=len(names) > 1):
         w.rows[0].choice = gr.Dropdown(names, value=names[0], label="checkpoint")
         w.rows[1].choice = gr.Dropdown([NONE, *names], value=NONE, label="beside it", elem_id="second")
     with gr.Row():
-        with gr.Group():
-            w.auto = gr.Checkbox(True, label="automatic threshold", elem_id="auto")
-            w.t = gr.Slider(0, 1, 0.5, step=0.01, label="threshold (cosine)", buttons=[], elem_id="threshold")
-        w.fine = gr.Radio(FINE, value=1, label="stride, in patches: less is finer, and slower")
-        with gr.Group():
-            w.paper = gr.Checkbox(False, label="as in the paper: all similar patches", elem_id="paper")
-            w.layer = gr.Slider(0, deepest, 0, step=1, label="layer: blocks before the last", buttons=[])
+        w.auto = gr.Checkbox(True, label="automatic threshold", elem_id="auto")
+        w.t = gr.Slider(0, 1, 0.5, step=0.01, label="threshold (cosine)", buttons=[], elem_id="threshold")
+        w.paper = gr.Checkbox(False, label="as in the paper: all similar patches", elem_id="paper")
     gr.Markdown(credit)
     return w
 
 
-def drawn(gr, w, networks, clicks, values) -> dict:
+def drawn(gr, w, networks: Networks, clicks: Clicks, values: dict) -> dict:
     """What the page shows for these clicks and the values of its settings.  Raises Mistake."""
     if clicks.picture is None:
-        raise Mistake("first upload a picture, or pick an example")
+        raise Mistake(FIRST)
     start = time.perf_counter()
     threshold = "auto" if values[w.auto] else values[w.t]
     out = {w.state: clicks, w.auto: values[w.auto]}
@@ -269,7 +248,7 @@ def drawn(gr, w, networks, clicks, values) -> dict:
         if name == NONE:
             continue
         title = f"{name}: " if len(networks.vits) > 1 else ""
-        a = answer(networks, clicks, name, threshold, values[w.fine], values[w.layer], values[w.paper])
+        a = answer(networks, clicks, name, threshold, values[w.paper])
         if a is None:
             out[row.heat] = gr.update(value=None, label=f"{title}similarity")
             out[row.cut] = gr.update(value=None, label=f"{title}mask")
@@ -287,7 +266,7 @@ def drawn(gr, w, networks, clicks, values) -> dict:
     return out
 
 
-def connect(gr, w, networks, examples) -> None:
+def connect(gr, w, networks: Networks, examples: list[Picture]) -> None:
     """What the page does when something is clicked or moved.  A user's clicks live in w.state."""
     def act(change, values):
         """Change the clicks and draw; a user's mistake is a message, and all stays as it was."""
@@ -314,15 +293,17 @@ def connect(gr, w, networks, examples) -> None:
     def on_level(values):
         return act(lambda clicks: clicks, values | {w.auto: False})
 
-    settings = {w.auto, w.fine, w.paper, w.layer, w.rows[0].choice, w.rows[1].choice}
+    settings = {w.auto, w.paper, w.rows[0].choice, w.rows[1].choice}
     inputs = {w.state, w.mode, w.t} | settings
     outputs = {w.state, w.photo, w.message, w.auto, w.t}
     for row in w.rows:
         outputs |= {row.box, row.heat, row.cut, row.download}
 
     def listen(event, answer_to, inputs=inputs, **options):
-        event(answer_to, inputs, outputs, api_visibility="private", show_progress="minimal",
-              show_progress_on=[w.photo], concurrency_id="answers", concurrency_limit=4, **options)
+        event(
+            answer_to, inputs, outputs, api_visibility="private", show_progress="minimal",
+            show_progress_on=[w.photo], concurrency_id="answers", concurrency_limit=4, **options,
+        )
 
     listen(w.photo.select, on_click)
     listen(w.examples.select, on_example)
@@ -342,7 +323,7 @@ def page(gr, networks: Networks, examples: list[Picture], credit: str = ""):
         return await fetch(path)
 
     with gr.Blocks(title="MMC demo", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        w = layout(gr, networks, examples, credit)
+        w = layout(gr, list(networks.vits), examples, credit)
         connect(gr, w, networks, examples)
     for part in blocks.blocks.values():        # gradio would fetch any input named by its address
         part.async_move_resource_to_block_cache = partial(no_address, part.async_move_resource_to_block_cache)
@@ -352,9 +333,12 @@ def page(gr, networks: Networks, examples: list[Picture], credit: str = ""):
 def launch(blocks, host: str, port: int) -> str:
     """Start the server and return its address.  Raises Mistake for a port that is taken."""
     try:
-        blocks.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
-                      ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[],
-                      max_file_size="32mb", allowed_paths=[], state_session_capacity=200, css=STYLE)
+        blocks.launch(
+            server_name=host, server_port=port, css=STYLE, footer_links=[],
+            prevent_thread_lock=True, quiet=True, share=False,
+            ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
+            max_file_size="32mb", allowed_paths=[], state_session_capacity=200,
+        )
     except OSError as e:
         raise Mistake(f"cannot listen on {host}, port {port}: give another --port, or --host") from e
     return blocks.local_url
