@@ -119,7 +119,8 @@ def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def to_pixels(
-    maps: Tensor, grid: tuple[int, int], patch: int, stride: int, smooth: bool,
+    maps: Tensor, grid: tuple[int, int],
+    patch: int, stride: int, smooth: bool,
 ) -> Tensor:
     """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
     axes = []
@@ -130,7 +131,8 @@ def to_pixels(
     y, x = torch.meshgrid(*axes, indexing="ij")
     places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
     mode = "bilinear" if smooth else "nearest"
-    pixels = F.grid_sample(maps.view(1, -1, *grid), places[None], mode, "border", align_corners=True)
+    maps = maps.view(1, -1, *grid)                                     # (1, Q, h, w)
+    pixels = F.grid_sample(maps, places[None], mode, "border", align_corners=True)
     return pixels[0]
 
 
@@ -162,7 +164,9 @@ def fit(image: Tensor, size: int, patch: int) -> Tensor:
 
 
 def token_at(
-    point: tuple[float, float], old: tuple[int, int], new: tuple[int, int], P: int, S: int,
+    point: tuple[float, float],
+    old: tuple[int, int], new: tuple[int, int],
+    P: int, S: int,
 ) -> int:
     """The token nearest to a pixel (x, y) of an image that was resized from (height, width) old to new."""
     places = []
@@ -186,12 +190,17 @@ class Tokens(NamedTuple):
 
     def at(self, points: list[tuple[float, float]]) -> Tensor:
         """Pixels of the picture as given -> (1, n) numbers of tokens; a double click is one prompt."""
-        found = [token_at(point, self.given, self.image.shape[1:], self.P, self.S) for point in points]
-        return torch.tensor([list(dict.fromkeys(found))])
+        found = []
+        for point in points:
+            number = token_at(point, self.given, self.image.shape[1:], self.P, self.S)
+            if number not in found:
+                found.append(number)
+        return torch.tensor([found])
 
     def pixels(self, values: Tensor, smooth: bool = True) -> Tensor:
         """(N,) -> (H, W)."""
-        return to_pixels(values[None].float(), self.grid, self.P, self.S, smooth)[0]
+        maps = values[None].float()
+        return to_pixels(maps, self.grid, self.P, self.S, smooth)[0]
 
 
 def picture_tokens(
@@ -201,15 +210,17 @@ def picture_tokens(
     """(3, H, W) uint8 -> the tokens of the image, its short side made `size`.
 
     Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
-    sides = fitted(image, size, vit.patch_size)
-    vit.patch_embed.stride = stride or vit.patch_size
+    P = vit.patch_size
+    S = stride or P
+    vit.patch_embed.stride = S
+    sides = fitted(image, size, P)
     grid = vit.patch_embed.grid(*sides)
     N = math.prod(grid)
     if N > MAX_TOKENS:
         raise Mistake(f"{N} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
     x = resize(image, sides)
     z = patch_features(vit, normalize(x[None].to(device)), block)
-    return Tokens(x, z[0].cpu(), grid, vit.patch_size, vit.patch_embed.stride, image.shape[1:])
+    return Tokens(x, z[0].cpu(), grid, P, S, image.shape[1:])
 
 
 def select(
@@ -226,5 +237,6 @@ def select(
     mask = tokens.pixels(maps[0], smooth) >= t
     if contiguous:
         places = middle_pixels(points, tokens.grid[1], tokens.P, tokens.S)
-        mask = connected(mask.view(1, -1), places, mask.shape).view(mask.shape)
+        parts = connected(mask.view(1, -1), places, mask.shape)
+        mask = parts.view(mask.shape)
     return maps[0], t, mask

@@ -58,8 +58,10 @@ BAND = 8                # rows of queries at a time: their keys are a view, thei
 
 
 # ------------------------------------------------- propagation
-def propagate(query: Tensor, keys: Tensor, labels: Tensor, radius: int = 12, topk: int = 5,
-              temp: float = 0.1) -> Tensor:
+def propagate(
+    query: Tensor, keys: Tensor, labels: Tensor,
+    radius: int = 12, topk: int = 5, temp: float = 0.1,
+) -> Tensor:
     """Soft labels of one frame from those of its context frames.
 
         label_i = sum_j a_ij label_j / sum_j a_ij
@@ -121,7 +123,10 @@ def propagate_band(query, keys, labels, top, radius, topk, temp, places):
     return mixed, (value[:, -1:] < kth).all()
 
 
-def frame_size(height: int, width: int, size: int, multiple: int, patch: int) -> tuple[int, int]:
+def frame_size(
+    height: int, width: int,
+    size: int, multiple: int, patch: int,
+) -> tuple[int, int]:
     """Pixels (height, width) to which a frame is resized: short side `size` and long side in proportion,
     floored to a multiple of the patch and to the largest multiple of the patch within `multiple`."""
     short = max(1, size // patch) * patch
@@ -131,14 +136,18 @@ def frame_size(height: int, width: int, size: int, multiple: int, patch: int) ->
     return (long, short) if height > width else (short, long)
 
 
-def frame_features(vit: ViT, frame: Tensor, size: tuple[int, int], block: int = -1) -> Tensor:
+def frame_features(vit: ViT, frame: Tensor, size: tuple[int, int], block: int) -> Tensor:
     """(3, H, W) uint8 -> (h, w, D) float32 L2-normalised patch tokens of a block, after the final norm."""
-    x = F.interpolate(frame[None].float() / 255, size=size, mode="bilinear")
+    x = frame[None].float() / 255
+    x = F.interpolate(x, size=size, mode="bilinear")
     z = patch_features(vit, normalize(x), block)[0]                    # (h*w, D)
     return z.unflatten(0, vit.patch_embed.grid(*size))
 
 
-def harden(labels: Tensor, patch: int, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def harden(
+    labels: Tensor, patch: int,
+    ids: np.ndarray, size: tuple[int, int],
+) -> np.ndarray:
     """(h, w, C) soft labels -> (H, W) uint8 object numbers: bilinear to pixels, each channel stretched to
     [0, 1], the largest wins, nearest to `size`.  A channel without contrast becomes 1, or stays 0.  Of
     channels that tie, the first wins."""
@@ -154,14 +163,18 @@ def harden(labels: Tensor, patch: int, ids: np.ndarray, size: tuple[int, int]) -
 
 def resized(mask, size):
     """(H, W) uint8 -> `size` = (height, width), nearest."""
-    image = Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
+    image = Image.fromarray(mask)
+    image = image.resize(size[::-1], Image.Resampling.NEAREST)
     return np.array(image)
 
 
 @torch.no_grad()
-def track(vit: ViT, frames: Iterable[Tensor], first: np.ndarray, n_last_frames: int = 7,
-          size_mask_neighborhood: int = 12, topk: int = 5, temp: float = 0.1, size: int = 480,
-          size_multiple: int = 64, block: int = -1) -> Iterator[np.ndarray]:
+def track(
+    vit: ViT, frames: Iterable[Tensor], first: np.ndarray,
+    n_last_frames: int = 7, size_mask_neighborhood: int = 12,
+    topk: int = 5, temp: float = 0.1,
+    size: int = 480, size_multiple: int = 64, block: int = -1,
+) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, from that of the first, which comes out as it went in.
 
     frames: (3, H, W) uint8, all of one size, taken one at a time.  first: (H, W) uint8, 0 = background.
@@ -232,7 +245,10 @@ def write_masks(clip: Clip, entry: Entry, overwrite: bool, unreadable: Unreadabl
     if there and not overwrite:
         stored = run.read_lines(about)
         before = stored[-1] if stored else {}
-        differ = [f"{k} {before.get(k)}, now {v}" for k, v in options.items() if before.get(k) != v]
+        differ = []
+        for name, value in options.items():
+            if before.get(name) != value:
+                differ.append(f"{name} {before.get(name)}, now {value}")
         if differ:
             why = few(differ) if stored else "not by davis.py"
             raise Mistake(f"{folder}: masks made otherwise ({why}): give --overwrite or another --output_dir")
@@ -256,7 +272,7 @@ def write_masks(clip: Clip, entry: Entry, overwrite: bool, unreadable: Unreadabl
     return True
 
 
-def one_video(args, clip: Clip, entry: Entry, unreadable: Unreadable) -> tuple[dict[str, dict], str]:
+def one_video(args, clip: Clip, entry: Entry, unreadable: Unreadable) -> tuple[dict, str]:
     """Propagate a clip, score it, draw it.  Returns {object: the seven numbers}, empty if it has one mask,
     and a line to print."""
     line = f"{clip.name}: {clip.about()}"

@@ -47,34 +47,32 @@ def extract_features(
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
+    unreadable = unreadable or Unreadable(len(images), max_bad=1.0)
     parts = [[] for _ in blocks]
     labels = []
-    found = []
     for _ in tqdm(range(len(loader)), "features", leave=False, disable=None):
         x, y, index, readable = next_batch(batches)
-        labels.append(y)
-        found.append(readable)
-        if unreadable is not None:
-            for i in index[~readable].tolist():
-                unreadable.note(images.name(i))
+        for i in index[~readable].tolist():
+            unreadable.note(images.name(i))
+        labels.append(y[readable])
 
         x = normalize(to_device(x, device))
         outputs = vit.intermediate(x, list(blocks), norm=True)
         for of_block, tokens in zip(parts, outputs, strict=True):      # (B, T, D)
-            tokens = tokens.float()
+            tokens = tokens[readable].float()
             cls = tokens[:, 0]
             pat = tokens[:, vit.num_prefix_tokens:].mean(1)
             both = torch.stack([cls, pat])                             # (2, B, D)
             of_block.append(F.normalize(both, dim=-1).cpu())
 
-    found = torch.cat(found)
-    if not found.any():
+    labels = torch.cat(labels)
+    if not len(labels):
         raise BadImage(f"none of the {len(images)} images can be read, such as {images.name(0)}")
     features = []
     for of_block in parts:
-        cls, pat = torch.cat(of_block, dim=1)[:, found]                # (n, D)
+        cls, pat = torch.cat(of_block, dim=1)                          # (n, D)
         features.append({"cls": cls, "pat": pat})
-    return features, torch.cat(labels)[found]
+    return features, labels
 
 
 def hybrid(features: Features) -> Tensor:
@@ -154,8 +152,7 @@ def knn_of_blocks(
 
     Says which images cannot be read; `unreadable` may set a limit.  options: batch_size, workers, blocks, as
     of `extract_features`.  The search runs on CUDA if the network does, and else on the CPU."""
-    if unreadable is None:
-        unreadable = Unreadable(len(train) + len(val), max_bad=1.0)
+    unreadable = unreadable or Unreadable(len(train) + len(val), max_bad=1.0)
     options["unreadable"] = unreadable
     train_blocks, train_labels = extract_features(vit, train, size, device, **options)
     val_blocks, val_labels = extract_features(vit, val, size, device, **options)
@@ -184,7 +181,8 @@ def knn_of(
 
 # ------------------------------------------------- few-shot
 def draw_episodes(
-    labels: Tensor, episodes: int = 600, ways: int = 5, queries: int = 15, seed: int = 0,
+    labels: Tensor,
+    episodes: int = 600, ways: int = 5, queries: int = 15, seed: int = 0,
 ) -> Tensor:
     """(n,) labels -> (episodes, ways, 1 + queries) image numbers: each row is of one class, support first.
 

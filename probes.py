@@ -168,12 +168,16 @@ def variance_of(
             x = clean.expand(len(part), -1, -1, -1)
             _, tokens = encode(gmml(x, mask.to(device), alien, noise_seed))
             patches.append(tokens.float())
-        row = variance_over_views(torch.cat(cls)) + variance_over_views(torch.cat(patches))
-        rows.append(torch.stack(row).cpu())
+        of_crops = variance_over_views(torch.cat(cls))
+        of_masks = variance_over_views(torch.cat(patches))
+        rows.append(torch.stack([*of_crops, *of_masks]).cpu())
     if not rows:
         raise Mistake(f"variance: none of the images can be read, such as {images.name(0)}")
-    names = ["crops", "crops_normalised", "masks", "masks_normalised"]
-    return dict(zip(names, torch.stack(rows).mean(0).tolist(), strict=True))
+    crops, crops_normalised, masks, masks_normalised = torch.stack(rows).mean(0).tolist()
+    return {
+        "crops": crops, "masks": masks,
+        "crops_normalised": crops_normalised, "masks_normalised": masks_normalised,
+    }
 
 
 def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
@@ -185,7 +189,10 @@ def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit(x)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
-    v = variance_of(encode, images, size, args.limit, args.views, device, args.seed, unreadable=unreadable)
+    v = variance_of(
+        encode, images, size, args.limit, args.views, device, args.seed,
+        unreadable=unreadable,
+    )
     unreadable.say()
     say(f"CLS over crops {v['crops']:.3f} (normalised x D {v['crops_normalised']:.3f})   patches over "
         f"maskings {v['masks']:.3f} (normalised x D {v['masks_normalised']:.3f})")
@@ -202,7 +209,8 @@ def student_of(ckpt: str, vit: ViT) -> MMC | None:
         return None
     hidden = len(state["h_rec.0.weight"])
     student = MMC(ViT(**vit.config), rec=True, pat=False, cls=False, hidden=hidden)
-    student.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))})
+    state = {k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))}
+    student.load_state_dict(state)
     return student.eval().requires_grad_(False)
 
 
@@ -292,13 +300,19 @@ def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[di
         batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
     )
     unreadable.names += bad_scenes
-    cls = {block: result["cls"][10] for block, result in zip(blocks, results, strict=True)}
-    pat = {block: result["pat"][10] for block, result in zip(blocks, results, strict=True)}
-    for block in blocks:
+    cls = {}
+    pat = {}
+    for block, result in zip(blocks, results, strict=True):
+        cls[block] = result["cls"][10]
+        pat[block] = result["pat"][10]
         prompts = f"  prompt IoU, best t {iou[block]:.1f}" if iou else ""
         say(f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}{prompts}")
-    draw_layers(args, ckpt, vit, sources[1], size, [b for b in blocks if b > vit.depth // 2] or blocks)
-    protocol = {"blocks": blocks, "k": 10, "coco": args.coco, "voc": args.voc, "limit": args.limit}
+    late = [block for block in blocks if block > vit.depth // 2]
+    draw_layers(args, ckpt, vit, sources[1], size, late or blocks)
+    protocol = {
+        "blocks": blocks, "k": 10,
+        "coco": args.coco, "voc": args.voc, "limit": args.limit,
+    }
     return protocol, {"knn_cls": cls, "knn_pat": pat, "prompt_iou": iou}
 
 

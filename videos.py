@@ -56,11 +56,11 @@ class Clip:
 
 def described(where: str, clips: list[Clip], left_out: Counter) -> str:
     """The source's line: what there is, and what is left out by suffix."""
-    frames = sum(len(clip.frames) for clip in clips)
-    objects = sum(clip.objects() for clip in clips)
-    parts = [quantity(len(clips), "sequence"), quantity(frames, "frame"), quantity(objects, "object")]
+    sequences = quantity(len(clips), "sequence")
+    frames = quantity(sum(len(clip.frames) for clip in clips), "frame")
+    objects = quantity(sum(clip.objects() for clip in clips), "object")
     left = ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()))
-    return f"{where}: {', '.join(parts)}; left out: {left or 'nothing'}"
+    return f"{where}: {sequences}, {frames}, {objects}; left out: {left or 'nothing'}"
 
 
 def images_in(folder: Path, left_out: Counter) -> list[Path]:
@@ -194,7 +194,10 @@ def write_overlay(clip: Clip, folder: Path, out: Path) -> None:
                 image.thumbnail((480, 480))
                 shown.append(image)
         animation = out / f"{clip.name}.webp"
-        shown[0].save(animation, save_all=True, append_images=shown[1:], duration=42 * step, loop=0)
+        shown[0].save(
+            animation, save_all=True, append_images=shown[1:],
+            duration=42 * step, loop=0,
+        )
 
 
 # ------------------------------------------------- two masks
@@ -250,8 +253,8 @@ def summary(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
     overlap = statistics(j)
     contour = statistics(f)
     mean = (overlap[0] + contour[0]) / 2
-    numbers = [mean, *overlap, *contour]
-    return {name: float(number) for name, number in zip(NAMES, numbers, strict=True)}
+    numbers = map(float, [mean, *overlap, *contour])
+    return dict(zip(NAMES, numbers, strict=True))
 
 
 def mean_of(rows: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -296,12 +299,17 @@ def write_tables(out: Path, split: str, scored: dict[str, dict]) -> dict[str, di
     for name, rows in scored.items():
         sequences[name] = mean_of(rows.values())
         objects |= rows
-    tables = {"global": {split: mean_of(objects.values())}, "per-object": objects, "per-sequence": sequences}
+    tables = {
+        "global": {split: mean_of(objects.values())},
+        "per-object": objects,
+        "per-sequence": sequences,
+    }
     for kind, rows in tables.items():
         path = out / f"{kind}_results-{split}.csv"
-        with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["Name", *NAMES])
-            for name, row in rows.items():
-                table.writerow([name, *(f"{row[key]:.5f}" for key in NAMES)])
+        with writing(path):
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.writer(file)
+                table.writerow(["Name", *NAMES])
+                for name, row in rows.items():
+                    table.writerow([name, *(f"{row[key]:.5f}" for key in NAMES)])
     return tables
