@@ -132,14 +132,20 @@ def cropped(image: Tensor, box) -> Tensor:
 
 # ------------------------------------------------- features
 @torch.no_grad()
-def describe(vit: ViT, image: Tensor, imsize: int, scales: list[float], head: str, device) -> Tensor:
+def describe(
+    vit: ViT, image: Tensor, device: torch.device,
+    imsize: int, scales: list[float], head: str,
+) -> Tensor:
     """(3, H, W) uint8 -> (D,) L2-normalised: CLS or PAT, the mean over the scales of the image."""
     P = vit.patch_size
     sides = image.shape[1:]
     total = 0.0
     for scale in scales:
         factor = min(1.0, imsize / max(sides)) * scale
-        size = [max(P, int(side * factor + 1e-6) // P * P) for side in sides]
+        size = []
+        for side in sides:
+            patches = int(side * factor + 1e-6) // P
+            size.append(max(1, patches) * P)
         x = resize(image.float() / 255, size).clamp(0, 1)
         x = normalize(x.to(device))
         tokens = vit(x[None], cls_only=head == "cls")[0]               # (T, D), or (1, D)
@@ -190,8 +196,11 @@ def scores(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
             row.append((found < top).sum() / top)
         rows.append(row)
     names = ["map", *(f"mp@{kappa}" for kappa in KAPPAS)]
-    means = 100 * np.mean(rows, axis=0) if rows else np.full(len(names), np.nan)
-    return dict(zip(names, means.tolist(), strict=True)) | {"queries": len(rows)}
+    means = np.full(len(names), np.nan)
+    if rows:
+        means = 100 * np.mean(rows, axis=0)
+    result = dict(zip(names, means.tolist(), strict=True))
+    return result | {"queries": len(rows)}
 
 
 # ------------------------------------------------- the script
@@ -205,7 +214,7 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
         except BadImage as e:
             unreadable.note(str(e))
             continue
-        features[i] = describe(vit, image, args.imsize, args.scales, args.head, device)
+        features[i] = describe(vit, image, device, args.imsize, args.scales, args.head)
     readable = np.array(list(features))
     n = (readable < images.n).sum()
     if n in (0, len(features)):
@@ -219,8 +228,9 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
 def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop: bool) -> list[tuple]:
     """The first queries with their best results, each said to be easy, hard, junk or wrong."""
     def square(i: int) -> np.ndarray:
-        photo = Image.fromarray(images.read(i, crop).permute(1, 2, 0).numpy())
-        return np.asarray(ImageOps.pad(photo, (figure.CELL, figure.CELL)))
+        photo = images.read(i, crop).permute(1, 2, 0).numpy()
+        padded = ImageOps.pad(Image.fromarray(photo), (figure.CELL, figure.CELL))
+        return np.asarray(padded)
 
     rows = []
     for query, ranking in zip(queries[:6], order, strict=False):

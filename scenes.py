@@ -17,7 +17,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +94,8 @@ def crossings(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     step = np.arange(len(edge)) - first[edge]                          # 0, 1, ... along each edge
 
     def point(step):
-        rounded = (2 * delta[edge] * step[:, None] + steps[edge, None]) // (2 * steps[edge, None])
+        n = steps[edge, None]
+        rounded = (2 * delta[edge] * step[:, None] + n) // (2 * n)
         return start[edge] + rounded
 
     a = point(step)
@@ -278,15 +278,12 @@ class Coco(Scenes):
 
 def read_coco(path: Path) -> dict:
     """The content of an annotation file.  Raises Mistake."""
-    if not os.path.exists(path):
-        found = glob("instances_*.json", root_dir=path.parent)
-        there = sorted(name[len("instances_"):-len(".json")] for name in found)
-        hint = f"--split can be {', '.join(there)}" if there else f"expected {COCO_LAYOUT}"
-        raise Mistake(f"{path}: no such file; {hint}")
     try:
         content = json.loads(path.read_bytes())                        # UTF-8 or -16, with a mark or without
     except OSError as e:
-        raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
+        there = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
+        hint = f"--split can be {', '.join(there)}" if there else f"expected {COCO_LAYOUT}"
+        raise Mistake(f"{path}: no such file; {hint}") from e
     except ValueError as e:
         raise Mistake(f"{path}: not JSON ({e})") from e
     lacks = {"images", "annotations", "categories"} - set(content)
@@ -346,13 +343,11 @@ def read_voc_list(root: Path, split: str) -> list[tuple[Path, Path]]:
     """The (image, class mask) files of ImageSets/Segmentation/SPLIT.txt.  A line is a name, or two paths
     below the root, as DeepLab's lists have them.  Raises Mistake."""
     path = root / "ImageSets/Segmentation" / f"{split}.txt"
-    if not os.path.exists(path):
-        there = sorted(p.stem for p in path.parent.glob("*.txt"))
-        raise Mistake(f"{path}: no such file; --split can be {', '.join(there)}")
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as e:
-        raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
+        there = sorted(p.stem for p in path.parent.glob("*.txt"))
+        raise Mistake(f"{path}: no such file; --split can be {', '.join(there)}") from e
     pairs = []
     for line in lines:
         words = line.split()

@@ -82,12 +82,16 @@ def run_one(args, ckpt: str, vit: ViT, scenes: Scenes, device: torch.device) -> 
     words = ", ".join(f"{name} {value}" for name, value in choices.items())
     say(f"{short_name(ckpt)}: {len(scenes)} images, {words}")
     vit.patch_embed.stride = protocol.stride
-    result = prompt_table(network_features(vit, device), scenes, protocol, vit.patch_size,
-                          batch_size=args.batch_size, num_workers=args.num_workers, max_bad=args.max_bad)
+    result = prompt_table(
+        network_features(vit, device), scenes, protocol, vit.patch_size,
+        args.batch_size, args.num_workers, args.max_bad,
+    )
     summary = result.summary()
-    run.record(args.json, eval="zeroshot", ckpt=ckpt, weights=checkpoint.digest(vit), data=scenes.title,
-               data_digest=data.digest(scenes), protocol=choices, metrics=summary,
-               seconds=result.seconds, device=device)
+    run.record(
+        args.json, eval="zeroshot", ckpt=ckpt, weights=checkpoint.digest(vit),
+        data=scenes.title, data_digest=data.digest(scenes), protocol=choices,
+        metrics=summary, seconds=result.seconds, device=device,
+    )
     say(table_of(summary, protocol))
     result.unreadable.say()
     return result
@@ -176,7 +180,8 @@ def kmeans(z: Tensor, k: int, seed: int = 0, steps: int = 30) -> Tensor:
     for _ in range(steps):
         nearest = (z @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, z)
-        centres = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=-1), centres)
+        filled = sums.any(1, keepdim=True)
+        centres = torch.where(filled, F.normalize(sums, dim=-1), centres)
     size = torch.bincount(nearest, minlength=k)
     rank = size.argsort(descending=True).argsort()
     return rank[nearest]
@@ -211,9 +216,11 @@ def picture_row(vit: ViT, image: Tensor, device: torch.device,
     if args.heads:
         maps = {f"head {i}": weights for i, weights in enumerate(attention, start=1)}
     for title, weights in maps.items():
-        cells.append((title, figure.heat(tokens.pixels(weights), 0, weights.quantile(0.99).item())))
-    clusters = tokens.pixels(kmeans(tokens.z, args.kmeans, args.seed), smooth=False)
-    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, clusters.long().numpy())))
+        high = weights.quantile(0.99).item()
+        cells.append((title, figure.heat(tokens.pixels(weights), 0, high)))
+    clusters = kmeans(tokens.z, args.kmeans, args.seed)
+    numbers = tokens.pixels(clusters, smooth=False).long().numpy()
+    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, numbers)))
     return cells
 
 
@@ -253,7 +260,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--stride", type=run.at_least(1), help="pixels between patches, a divisor of the patch "
                    "size; half of it: masks twice as fine, four times the tokens (default: the patch size)")
 
-    a = p.add_argument_group("what to evaluate: one of").add_argument
+    what = p.add_argument_group("what to evaluate: one of")
+    a = what.add_mutually_exclusive_group(required=True).add_argument
     a("--coco", metavar="DIR", help="folder of annotations/instances_SPLIT.json and SPLIT/")
     a("--voc", metavar="DIR", help="VOCdevkit, or VOC2012")
     a("--toy", action="store_true", help="generated scenes")
@@ -304,12 +312,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: run.Parser) -> None:
     """Raises Mistake for options that do not go together."""
-    given = [mode for mode in IDLE if getattr(args, mode)]
-    if len(given) != 1:
-        raise Mistake(f"give one of --coco, --voc, --toy, --image, not {len(given)}")
-    for name in IDLE[given[0]].split():
-        if getattr(args, name) != parser.get_default(name):
-            raise Mistake(f"--{name} has no effect with --{given[0]}")
+    for mode, idle in IDLE.items():
+        for name in idle.split() if getattr(args, mode) else []:
+            if getattr(args, name) != parser.get_default(name):
+                raise Mistake(f"--{name} has no effect with --{mode}")
     if args.upsample and args.truth == "patch" and not args.image:
         raise Mistake("--upsample compares pixels: add --truth pixel")
     for name in ("background_point", "threshold", "combine", "centre", "contiguous"):

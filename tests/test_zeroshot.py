@@ -189,8 +189,8 @@ def test_pictures(tmp_path, words, cells, monkeypatch):
     "words, reason",
     [
         ("--image nope.jpg", "nope.jpg"),
-        ("--toy --image x.jpg", "not 2"),
-        ("", "not 0"),
+        ("--toy --image x.jpg", "not allowed with"),
+        ("", "one of the arguments --coco --voc --toy --image is required"),
         ("--toy --stride 5", "does not divide"),
         ("--toy --upsample", "--truth pixel"),
         ("--toy --limit 0", "--limit: '0'"),
