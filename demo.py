@@ -193,7 +193,10 @@ def folder_examples(folder: str, size: int) -> list[Picture]:
 def layout(gr, names: list[str], examples: list[Picture], credit: str) -> SimpleNamespace:
     """All that is to see, by name, the pictures before the settings, so that they are near on a phone.
     rows: of one or two checkpoints, each with choice, box, heat, cut and download."""
-    thumbs = [fit(example.image, 96, 1).permute(1, 2, 0).numpy() for example in examples]
+    thumbs = []
+    for example in examples:
+        thumb = fit(example.image, 96, 1)
+        thumbs.append(thumb.permute(1, 2, 0).numpy())
     picture = partial(gr.Image, interactive=False, format="jpeg", min_width=130)
     w = SimpleNamespace(rows=[SimpleNamespace(), SimpleNamespace()])
     w.state = gr.State(Clicks(), time_to_live=3600)
@@ -223,11 +226,18 @@ def layout(gr, names: list[str], examples: list[Picture], credit: str) -> Simple
             row.download = gr.DownloadButton(
                 title, interactive=False, visible=i == 0, elem_id=f"download{i}", **small)
     with gr.Row(visible=len(names) > 1):
-        w.rows[0].choice = gr.Dropdown(names, value=names[0], label="checkpoint")
-        w.rows[1].choice = gr.Dropdown([NONE, *names], value=NONE, label="beside it", elem_id="second")
+        first, second = w.rows
+        first.choice = gr.Dropdown(names, value=names[0], label="checkpoint")
+        second.choice = gr.Dropdown(
+            [NONE, *names], value=NONE,
+            label="beside it", elem_id="second",
+        )
     with gr.Row():
         w.auto = gr.Checkbox(True, label="automatic threshold", elem_id="auto")
-        w.t = gr.Slider(0, 1, 0.5, step=0.01, label="threshold (cosine)", buttons=[], elem_id="threshold")
+        w.t = gr.Slider(
+            0, 1, 0.5, step=0.01, label="threshold (cosine)",
+            buttons=[], elem_id="threshold",
+        )
         w.paper = gr.Checkbox(False, label="as in the paper: all similar patches", elem_id="paper")
     gr.Markdown(credit)
     return w
@@ -278,11 +288,13 @@ def connect(gr, w, networks: Networks, examples: list[Picture]) -> None:
             return {w.message: f"**{e}**"}
         if clicks is not before:
             photo = clicks.picture.image.permute(1, 2, 0).numpy()
-            out[w.photo] = marked(photo, photo.shape[:2], clicks.of(True), clicks.of(False))
+            size = photo.shape[:2]
+            out[w.photo] = marked(photo, size, clicks.of(True), clicks.of(False))
         return out
 
     def on_click(event: gr.SelectData, values):
-        return act(lambda clicks: clicks.add(*event.index, values[w.mode] == "object"), values)
+        on = values[w.mode] == "object"
+        return act(lambda clicks: clicks.add(*event.index, on), values)
 
     def on_example(event: gr.SelectData, values):
         return act(lambda _: Clicks(examples[event.index]), values)
@@ -293,11 +305,12 @@ def connect(gr, w, networks: Networks, examples: list[Picture]) -> None:
     def on_level(values):
         return act(lambda clicks: clicks, values | {w.auto: False})
 
-    settings = {w.auto, w.paper, w.rows[0].choice, w.rows[1].choice}
-    inputs = {w.state, w.mode, w.t} | settings
+    settings = {w.auto, w.paper}
     outputs = {w.state, w.photo, w.message, w.auto, w.t}
     for row in w.rows:
+        settings.add(row.choice)
         outputs |= {row.box, row.heat, row.cut, row.download}
+    inputs = {w.state, w.mode, w.t} | settings
 
     def listen(event, answer_to, inputs=inputs, **options):
         event(
@@ -354,8 +367,8 @@ def new_name(path: str, taken) -> str:
 
 def get_args(argv=None):
     p = run.Parser(description=__doc__)
-    p.add_argument("--ckpt", nargs="+", default=[str(HERE / "mmc.pth")], help="checkpoints of any method, or "
-                   "random:ARCH/PATCH (default: mmc.pth)")
+    p.add_argument("--ckpt", nargs="+", default=[str(HERE / "mmc.pth")],
+                   help="checkpoints of any method, or random:ARCH/PATCH (default: mmc.pth)")
     p.add_argument("--images", metavar="DIR", help=f"folder of examples; {EXAMPLES} are shown")
     p.add_argument("--size", type=run.between(16, 2048), default=480, help="pixels of the short side "
                    "(default: %(default)s); the first answer costs its 2nd to 4th power")
@@ -373,11 +386,14 @@ def main(args) -> None:
     except ImportError as e:
         raise Mistake("gradio is missing: pip install -r requirements-demo.txt") from e
     device = run.begin(args, one_process=True)
-    examples = folder_examples(args.images, args.size) if args.images else box_examples(args.size)
+    if args.images:
+        examples, credit = folder_examples(args.images, args.size), ""
+    else:
+        examples, credit = box_examples(args.size), CREDIT
     vits = {}
     for path in args.ckpt:
         vits[new_name(path, vits)] = open_backbone(args, path, device)
-    blocks = page(gradio, Networks(vits, device, args.size), examples, "" if args.images else CREDIT)
+    blocks = page(gradio, Networks(vits, device, args.size), examples, credit)
     say(f"open {launch(blocks, args.host, args.port)}")
     blocks.block_thread()
 

@@ -101,7 +101,8 @@ def knn_predict(
     predictions = []
     for queries in test.split(chunk):
         sims = buffer[:len(queries)]                                   # (b, whole_groups)
-        torch.mm(queries.to(train.device), train.T, out=sims[:, :n])
+        queries = queries.to(train.device)
+        torch.mm(queries, train.T, out=sims[:, :n])
         cosine, index = largest(sims, min(max(ks), n))                 # (b, k), best first
         vote = ((cosine - cosine[:, :1]) / temp).exp()
         voter = labels[index]
@@ -165,18 +166,17 @@ def knn_of_blocks(
         asked["hybrid"] = hybrid(asked)
         accuracy = {}
         for head in known:
-            a = known[head].to(place)
-            accuracy[head] = knn_accuracy(a, train_labels, asked[head], val_labels, ks, temp)
+            accuracy[head] = knn_accuracy(
+                known[head].to(place), train_labels,
+                asked[head], val_labels, ks, temp,
+            )
         results.append(accuracy)
     return results
 
 
-def knn_of(
-    vit: ViT, train, val, size: int, device: torch.device,
-    ks: Sequence[int] = KS, temp: float = 0.07, **options,
-) -> dict[str, dict[int, float]]:
+def knn_of(vit: ViT, *given, **options) -> dict[str, dict[int, float]]:
     """The same of the last block: {"cls" | "pat" | "hybrid": {k: percent}}."""
-    return knn_of_blocks(vit, train, val, size, device, ks, temp, **options)[0]
+    return knn_of_blocks(vit, *given, **options)[0]
 
 
 # ------------------------------------------------- few-shot
@@ -187,7 +187,9 @@ def draw_episodes(
     """(n,) labels -> (episodes, ways, 1 + queries) image numbers: each row is of one class, support first.
 
     Classes of too few images are left out.  Raises Mistake where fewer than `ways` remain."""
-    members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    members = []
+    for c in labels.unique():
+        members.append((labels == c).nonzero()[:, 0])
     large = [m for m in members if len(m) > queries]
     if len(large) < ways:
         small = len(members) - len(large)
@@ -222,5 +224,6 @@ def few_shot(z: Tensor, episodes: Tensor) -> dict:
     for t in F1_THRESHOLDS:
         yes = cosine >= t
         right = (yes & same).sum().item()
-        f1[f"{t:.1f}"] = 200 * right / (yes.sum() + same.sum()).item()
+        asked = (yes.sum() + same.sum()).item()
+        f1[f"{t:.1f}"] = 200 * right / asked
     return {"accuracy": accuracy.mean().item(), "ci95": ci95, "f1": f1}

@@ -64,7 +64,7 @@ def read_truth(path: Path) -> dict:
     try:
         with open(path, "rb") as f:
             truth = Plain(f, encoding="latin1").load()
-        check_truth(truth["imlist"], truth["qimlist"], truth["gnd"])
+        check_truth(truth)
     except Exception as e:               # what is no such pickle can raise almost any kind
         what = f"no {e}" if isinstance(e, KeyError) else e
         raise Mistake(f"{path}: not a ground truth of the revisited sets ({what}); expected imlist, qimlist, "
@@ -72,10 +72,10 @@ def read_truth(path: Path) -> dict:
     return truth
 
 
-def check_truth(imlist: list, qimlist: list, gnd: list) -> None:
+def check_truth(truth: dict) -> None:
     """Raises ValueError for images that do not exist and boxes that are none."""
-    n = len(imlist)
-    for query, known in zip(qimlist, gnd, strict=True):
+    n = len(truth["imlist"])
+    for query, known in zip(truth["qimlist"], truth["gnd"], strict=True):
         for i in numbers(known, KINDS):
             if not 0 <= i < n:
                 raise ValueError(f"query {query}: index {i} of {n} images")

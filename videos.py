@@ -168,9 +168,7 @@ def read_mask(path: Path, binary: bool | None = None) -> np.ndarray:
 
 def object_numbers(mask: np.ndarray) -> list[int]:
     """The numbers in a mask (H, W) uint8, without the background's."""
-    counts = np.bincount(mask.ravel())
-    counts[0] = 0
-    return np.flatnonzero(counts).tolist()
+    return np.setdiff1d(mask, 0).tolist()
 
 
 def write_overlay(clip: Clip, folder: Path, out: Path) -> None:

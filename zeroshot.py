@@ -43,12 +43,13 @@ from run import Mistake
 from scenes import Coco, Scenes, ToyScenes, Voc
 from toy import SPLITS
 
+PICTURE = "point background_point threshold heads kmeans out"
 IDLE = {                                       # options that have no effect beside another
     "image": "split limit target prompt min_patches truth crowd points background_points csv similarity json "
              "batch_size num_workers max_bad",
-    "coco": "point background_point threshold heads kmeans out",
-    "voc": "point background_point threshold heads kmeans out crowd",
-    "toy": "point background_point threshold heads kmeans out crowd max_bad",
+    "coco": PICTURE,
+    "voc": f"{PICTURE} crowd",
+    "toy": f"{PICTURE} crowd max_bad",
 }
 MEANS = {
     "miou": "mean per image",

@@ -151,6 +151,11 @@ def test_options_beside_the_paper(tmp_path):
     assert rows[0]["metrics"]["everything"] == rows[2]["metrics"]["everything"]
 
 
+def test_centre_is_written_both_ways():
+    for word in ("center", "centre"):
+        assert zeroshot.get_args(["--ckpt", MICRO, "--toy", "--prompt", word]).prompt == "center"
+
+
 # ------------------------------------------------- pictures
 def test_kmeans_finds_what_is_apart():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 9)
