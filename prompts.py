@@ -8,7 +8,7 @@ An image is stretched to a square.  The mask of a prompt is every token whose co
 at least t.  `Protocol` holds all choices; its defaults are the paper's, where the paper names one.
 zeroshot.py is the command line, and says which these are.
 
-Shapes: B images, N = h*w tokens, D width, K masks, Q prompts, n points of a prompt, T thresholds, H x W
+Shapes: B images, N = h*w tokens, D width, Q prompts, n points of a prompt, T thresholds, H x W
 pixels; a stretched image has S x S pixels, g x g whole patches and G x G tokens, more than patches where the
 stride is below the patch size."""
 import time
