@@ -73,12 +73,11 @@ class MiniImageNet(ImageFolder):
             raise Mistake(f"{table}: cannot be read ({e.strerror})") from e
         self.files = []
         names = []
-        for line in csv.reader(text.splitlines()):
-            if len(line) < 2 or line[0] == "filename":
-                continue
-            if only is None or line[1] in only:
-                self.files.append(str(root / "images" / line[0]))
-                names.append(line[1])
+        for line in csv.DictReader(text.splitlines()):
+            label = line.get("label")
+            if label and (only is None or label in only):
+                self.files.append(str(root / "images" / line["filename"]))
+                names.append(label)
         if missing := sorted(set(only or ()) - set(names)):
             raise Mistake(f"{table}: no image of {', '.join(missing[:5])}, which --classes names")
         if not names:

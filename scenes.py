@@ -143,7 +143,8 @@ def segmentation_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
 
 # ------------------------------------------------- sources
 class Scenes:
-    """What the sources share.  A subclass gives `objects(i)` and sets `files`, if it has any."""
+    """What the sources share.  A subclass gives `objects(i)`: the category and the mask (H, W) bool of each
+    object; a mask may be empty.  It sets `files`, if it has any."""
 
     def __init__(self, title: str, categories: list[str]):
         self.title = title
@@ -161,10 +162,6 @@ class Scenes:
     def read(self, i: int) -> Tensor:
         """(3, H, W) uint8.  Raises BadImage."""
         return read_image(self.files[i], upright=False)
-
-    def objects(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The category and the mask (H, W) bool of each object; a mask may be empty."""
-        raise NotImplementedError
 
     def classes(self, i: int) -> dict[str, np.ndarray]:
         """{category: the union of its objects, (H, W) bool}, sorted by name."""
