@@ -145,7 +145,7 @@ def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
 
     def work(own, network: Network):
         size = crop_size(network.vit.patch_size, own.size)
-        probes.evaluate(own, network.ckpt, network.vit, sources, size, device)
+        probes.run_one(own, network.ckpt, network.vit, sources, size, device)
 
     def cost(own):
         images = 2 * own.limit * own.views if probe == "variance" else sum(map(len, sources))
@@ -166,7 +166,7 @@ def few_of_each(images, n: int) -> data.Subset:
     return data.Subset(images, index)
 
 
-def davis_job(args, folder: str) -> Job:
+def davis_job(args, folder: str, device: torch.device) -> Job:
     """Table 2."""
     words = ["--davis", folder, "--overlay"]
     clips = videos.find_clips(parse(args, "davis", "-", 0, *words), Counter())
@@ -180,10 +180,13 @@ def davis_job(args, folder: str) -> Job:
                      "--size_multiple", max(1, 64 * size // 480),
                      "--output_dir", Path(args.out) / f"davis/{network.weights}_{size}")
 
+    def work(own, network: Network):
+        entry = davis.entry_of(own, network.ckpt, network.vit, Path(own.output_dir))
+        davis.run_one(own, clips, entry, device)
+
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}
     frames = sum(len(clip.frames) for clip in clips)
-    return Job("davis", folder, checkpoint.digest(first_masks), [0], options,
-               lambda own, network: davis.main(own),
+    return Job("davis", folder, checkpoint.digest(first_masks), [0], options, work,
                lambda own: (2 * frames, own.size))                     # wide frames, and the propagation
 
 
@@ -208,16 +211,15 @@ def linseg_job(args, folder: str, device: torch.device) -> Job:
                lambda own: (own.iters * own.batch_size + 4 * len(val), own.crop))
 
 
-def retrieval_job(args, folder: str) -> Job:
+def retrieval_job(args, folder: str, device: torch.device) -> Job:
     """Table 9."""
-    def options(network: Network, seed: int):
-        own = parse(args, "retrieval", network.ckpt, seed, "--data", folder)
-        own.scales = [1, 2 ** -0.5, 0.5] if own.multi_scale else [1]
-        return own
-
     images = retrieval.Revisited(folder)
+
+    def options(network: Network, seed: int):
+        return parse(args, "retrieval", network.ckpt, seed, "--data", folder)
+
     return Job("retrieval", folder, data.digest(images), [0], options,
-               lambda own, network: retrieval.main(own),
+               lambda own, network: retrieval.run_one(own, network.ckpt, network.vit, images, device),
                lambda own: (len(images) * len(own.scales), own.imsize))
 
 
@@ -230,14 +232,14 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
     for probe in ("fewshot", "variance"):
         jobs += [probe_job(args, probe, folder, device) for folder in args.imagenette[:1]]
     if args.davis:
-        jobs.append(davis_job(args, args.davis))
+        jobs.append(davis_job(args, args.davis, device))
     for option in ("voc", "coco", "ade20k", "cityscapes"):
         folder = getattr(args, option)
         try:
             jobs += [linseg_job(args, folder, device)] if folder else []
         except Mistake as e:                                           # there are no images to train with
             missing.append(f"linear segmentation on {folder}: {e}")
-    jobs += [retrieval_job(args, folder) for folder in args.retrieval]
+    jobs += [retrieval_job(args, folder, device) for folder in args.retrieval]
     missing += [f"{eval}: --skip" for eval in args.skip]
     return [job for job in jobs if job.eval not in args.skip], missing + ELSEWHERE
 

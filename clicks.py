@@ -1,14 +1,14 @@
 """From clicks on an image to a mask: features, similarity, threshold, the part that was clicked (Fig. 1).
 
-    x, z, grid = picture_tokens(vit, image, device, size=480)          # the network runs here, once
-    values, t = prompted(z, on=[token_at((120, 88), image.shape[1:], x.shape[1:], 16, 16)], off=[])
-    mask = picture_mask(values, t, on, grid, 16, 16)                   # (H, W) bool
+    tokens = picture_tokens(vit, image, device, size=480)              # the network runs here, once
+    similarity, t, mask = select(tokens, on=[(120, 88)], off=[])       # (N,), a number, (H, W) bool
 
 The paper's mask is every token whose cosine to the clicked one is at least t, wherever it lies.  Beyond it:
 tokens may be `centred` first, and the mask `connected` with its clicks.  Nothing is trained here.
 
 Shapes: N = h*w tokens, D width, Q prompts of n clicks each, H x W pixels, P patch size, S stride."""
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,27 +20,27 @@ from model import ViT
 from run import Mistake
 
 MAX_TOKENS = 20_000                            # of a picture: attention is quadratic
-AUTO = {False: 0.5, True: 0.35}                # of `auto_threshold`: for tokens as they are, and centred
 
 
 # ------------------------------------------------- tokens
-@torch.no_grad()
 def patch_features(vit: ViT, x: Tensor, block: int = -1) -> Tensor:
     """(B, 3, H, W) normalised pixels -> (B, N, D) float32 L2-normalised patch tokens of a block, by default
     of the last, after the final norm."""
-    if block == -1:
-        tokens = vit(x)
-    else:
-        tokens = vit.intermediate(x, [block], norm=True)[0]
-    patches = tokens[:, vit.num_prefix_tokens:]
-    return F.normalize(patches.float(), dim=-1)
+    return block_features(vit, x, [block])[0]
+
+
+@torch.no_grad()
+def block_features(vit: ViT, x: Tensor, blocks: list[int]) -> list[Tensor]:
+    """The same of several blocks, in one pass."""
+    outputs = vit.intermediate(x, blocks, norm=True)
+    patches = [tokens[:, vit.num_prefix_tokens:].float() for tokens in outputs]
+    return [F.normalize(z, dim=-1) for z in patches]
 
 
 def centred(z: Tensor) -> Tensor:
     """Tokens (N, D) minus their mean, normalised again.  What all tokens of an image share does not tell its
     objects apart."""
-    shared = z.mean(0)
-    return F.normalize(z - shared, dim=-1)
+    return F.normalize(z - z.mean(0), dim=-1)
 
 
 # ------------------------------------------------- similarity and threshold
@@ -76,7 +76,7 @@ def auto_threshold(maps: Tensor, clicks: int = 1, centre: bool = False) -> Tenso
     maps: (..., N), before `take_away`.  Returns (..., 1)."""
     low = maps.mean(-1, keepdim=True)
     high = maps.amax(-1, keepdim=True)
-    c = AUTO[centre]
+    c = 0.35 if centre else 0.5
     share = 1 - c / clicks**0.5
     return low + share * (high - low)
 
@@ -111,8 +111,7 @@ def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
     from scipy.ndimage import label
     neighbours = np.zeros((3, 3, 3))
     neighbours[1] = 1                                                  # none in the mask before or after
-    images = masks.view(-1, *grid).numpy()
-    numbers, _ = label(images, neighbours)                             # 0 = outside; none is in two masks
+    numbers, _ = label(masks.view(-1, *grid), neighbours)              # 0 = outside; none is in two masks
     numbers = torch.from_numpy(numbers).flatten(1)                     # (Q, h*w)
     clicked = numbers.gather(1, points)
     clicked = clicked[clicked > 0]
@@ -120,30 +119,27 @@ def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def to_pixels(
-    maps: Tensor, grid: tuple[int, int], patch: int, stride: int, smooth: bool,
+    maps: Tensor, grid: tuple[int, int],
+    patch: int, stride: int, smooth: bool,
 ) -> Tensor:
     """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
     axes = []
     for n in grid:
-        side = (n - 1) * stride + patch
-        pixel = torch.arange(side, device=maps.device)
+        pixel = torch.arange((n - 1) * stride + patch, device=maps.device)
         token = (pixel + 0.5 - patch / 2) / stride
         axes.append(2 * token / max(n - 1, 1) - 1)                     # -1 and 1 are the outer centres
     y, x = torch.meshgrid(*axes, indexing="ij")
     places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
-    places = places.expand(len(maps), -1, -1, -1)
-    maps = maps.view(-1, 1, *grid)
     mode = "bilinear" if smooth else "nearest"
-    pixels = F.grid_sample(maps, places, mode, "border", align_corners=True)
-    return pixels[:, 0]
+    maps = maps.view(1, -1, *grid)                                     # (1, Q, h, w)
+    pixels = F.grid_sample(maps, places[None], mode, "border", align_corners=True)
+    return pixels[0]
 
 
 def middle_pixels(tokens: Tensor, columns: int, patch: int, stride: int) -> Tensor:
     """Numbers of tokens -> numbers of the pixels in the middle of them, in the maps of `to_pixels`."""
-    row = tokens // columns
-    column = tokens % columns
-    y = row * stride + patch // 2
-    x = column * stride + patch // 2
+    y = tokens // columns * stride + patch // 2
+    x = tokens % columns * stride + patch // 2
     width = (columns - 1) * stride + patch
     return y * width + x
 
@@ -168,7 +164,9 @@ def fit(image: Tensor, size: int, patch: int) -> Tensor:
 
 
 def token_at(
-    point: tuple[float, float], old: tuple[int, int], new: tuple[int, int], P: int, S: int,
+    point: tuple[float, float],
+    old: tuple[int, int], new: tuple[int, int],
+    P: int, S: int,
 ) -> int:
     """The token nearest to a pixel (x, y) of an image that was resized from (height, width) old to new."""
     places = []
@@ -181,45 +179,64 @@ def token_at(
     return row * columns + column
 
 
+class Tokens(NamedTuple):
+    """A picture as a network sees it.  given: (height, width) before it was resized."""
+    image: Tensor                                                      # (3, H, W) uint8
+    z: Tensor                                                          # (N, D), on the CPU
+    grid: tuple[int, int]
+    P: int
+    S: int
+    given: tuple[int, int]
+
+    def at(self, points: list[tuple[float, float]]) -> Tensor:
+        """Pixels of the picture as given -> (1, n) numbers of tokens; a double click is one prompt."""
+        found = []
+        for point in points:
+            number = token_at(point, self.given, self.image.shape[1:], self.P, self.S)
+            if number not in found:
+                found.append(number)
+        return torch.tensor([found])
+
+    def pixels(self, values: Tensor, smooth: bool = True) -> Tensor:
+        """(N,) -> (H, W)."""
+        maps = values[None].float()
+        return to_pixels(maps, self.grid, self.P, self.S, smooth)[0]
+
+
 def picture_tokens(
     vit: ViT, image: Tensor, device: torch.device,
     size: int, stride: int | None = None, block: int = -1,
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(3, H, W) uint8 -> the image of short side `size`, (3, H', W') uint8, its tokens (N, D) on the CPU, and
-    their grid.  Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
-    sides = fitted(image, size, vit.patch_size)
-    vit.patch_embed.stride = stride or vit.patch_size
+) -> Tokens:
+    """(3, H, W) uint8 -> the tokens of the image, its short side made `size`.
+
+    Sets the network's stride (None: the patch size).  Raises Mistake above MAX_TOKENS."""
+    P = vit.patch_size
+    S = stride or P
+    vit.patch_embed.stride = S
+    sides = fitted(image, size, P)
     grid = vit.patch_embed.grid(*sides)
     N = math.prod(grid)
     if N > MAX_TOKENS:
         raise Mistake(f"{N} tokens, more than {MAX_TOKENS}: lower --size or raise --stride")
     x = resize(image, sides)
-    pixels = normalize(x[None].to(device))
-    z = patch_features(vit, pixels, block)
-    return x, z[0].cpu(), grid
+    z = patch_features(vit, normalize(x[None].to(device)), block)
+    return Tokens(x, z[0].cpu(), grid, P, S, image.shape[1:])
 
 
-def prompted(
-    z: Tensor, on: list[int], off: list[int],
+def select(
+    tokens: Tokens, on: list, off: list,
     threshold: float | str = "auto", combine: str = "max", centre: bool = False,
-) -> tuple[Tensor, float]:
-    """Tokens z (N, D), those clicked on and beside the object -> similarity (N,) and the threshold for it."""
-    points = torch.tensor([on])
-    background = torch.tensor([off]) if off else None
-    maps, auto = prompt_maps(z, points, background, combine, centre)
-    if threshold == "auto":
-        threshold = auto.item()
-    return maps[0], threshold
-
-
-def picture_mask(
-    values: Tensor, t: float, on: list[int], grid: tuple[int, int], P: int, S: int,
     smooth: bool = True, contiguous: bool = False,
-) -> Tensor:
-    """Similarity (N,) and its threshold -> (H, W) bool.  contiguous: only the parts that were clicked."""
-    mask = to_pixels(values[None], grid, P, S, smooth) >= t            # (1, H, W)
+) -> tuple[Tensor, float, Tensor]:
+    """Clicks (x, y) on an object and beside it, in pixels of the picture as given -> the similarity (N,), the
+    threshold for it, and the mask (H, W) bool.  contiguous: only the parts that were clicked."""
+    points = tokens.at(on)
+    background = tokens.at(off) if off else None
+    maps, auto = prompt_maps(tokens.z, points, background, combine, centre)
+    t = auto.item() if threshold == "auto" else threshold
+    mask = tokens.pixels(maps[0], smooth) >= t
     if contiguous:
-        points = middle_pixels(torch.tensor([on]), grid[1], P, S)
-        parts = connected(mask.flatten(1), points, mask.shape[1:])
+        places = middle_pixels(points, tokens.grid[1], tokens.P, tokens.S)
+        parts = connected(mask.view(1, -1), places, mask.shape)
         mask = parts.view(mask.shape)
-    return mask[0]
+    return maps[0], t, mask

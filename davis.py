@@ -40,6 +40,7 @@ import distributed
 import run
 import videos
 from checkpoint import digest, open_backbone, short_name
+from clicks import patch_features
 from distributed import is_main, say
 from figure import voc_palette
 from images import Unreadable, normalize, to_device
@@ -53,14 +54,15 @@ IDLE = {                # options that have no effect beside another
     "video": ["split", "sequences", "json"],
     "eval_only": [*PROTOCOL, "overwrite", "checkpoint_key", "num_heads", "device", "precision", "max_bad"],
 }
-BAND = 8                # rows of queries at a time: their keys are a view, their similarities fit the cache
 MAX_TOKENS = 1 << 16    # of a frame; a strip of 4x60,000 pixels would have 13 million
-NEAREST = Image.Resampling.NEAREST
+BAND = 8                # rows of queries at a time: their keys are a view, their similarities fit the cache
 
 
 # ------------------------------------------------- propagation
-def propagate(query: Tensor, keys: Tensor, labels: Tensor, radius: int = 12, topk: int = 5,
-              temp: float = 0.1) -> Tensor:
+def propagate(
+    query: Tensor, keys: Tensor, labels: Tensor,
+    radius: int = 12, topk: int = 5, temp: float = 0.1,
+) -> Tensor:
     """Soft labels of one frame from those of its context frames.
 
         label_i = sum_j a_ij label_j / sum_j a_ij
@@ -122,7 +124,10 @@ def propagate_band(query, keys, labels, top, radius, topk, temp, places):
     return mixed, (value[:, -1:] < kth).all()
 
 
-def working_size(height: int, width: int, size: int, multiple: int, patch: int) -> tuple[int, int]:
+def frame_size(
+    height: int, width: int,
+    size: int, multiple: int, patch: int,
+) -> tuple[int, int]:
     """Pixels (height, width) to which a frame is resized: short side `size` and long side in proportion,
     floored to a multiple of the patch and to the largest multiple of the patch within `multiple`."""
     short = max(1, size // patch) * patch
@@ -132,17 +137,18 @@ def working_size(height: int, width: int, size: int, multiple: int, patch: int) 
     return (long, short) if height > width else (short, long)
 
 
-def frame_features(vit: ViT, frame: Tensor, size: tuple[int, int], block: int = -1) -> Tensor:
+def frame_features(vit: ViT, frame: Tensor, size: tuple[int, int], block: int) -> Tensor:
     """(3, H, W) uint8 -> (h, w, D) float32 L2-normalised patch tokens of a block, after the final norm."""
     x = frame[None].float() / 255
     x = F.interpolate(x, size=size, mode="bilinear")
-    tokens = vit.intermediate(normalize(x), [block], norm=True)[0]     # (1, 1 + R + h*w, D)
-    patches = tokens[0, vit.num_prefix_tokens:].float()
-    patches = F.normalize(patches, dim=-1)
-    return patches.unflatten(0, vit.patch_embed.grid(*size))
+    z = patch_features(vit, normalize(x), block)[0]                    # (h*w, D)
+    return z.unflatten(0, vit.patch_embed.grid(*size))
 
 
-def harden(labels: Tensor, patch: int, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def harden(
+    labels: Tensor, patch: int,
+    ids: np.ndarray, size: tuple[int, int],
+) -> np.ndarray:
     """(h, w, C) soft labels -> (H, W) uint8 object numbers: bilinear to pixels, each channel stretched to
     [0, 1], the largest wins, nearest to `size`.  A channel without contrast becomes 1, or stays 0.  Of
     channels that tie, the first wins."""
@@ -158,21 +164,25 @@ def harden(labels: Tensor, patch: int, ids: np.ndarray, size: tuple[int, int]) -
 
 def resized(mask, size):
     """(H, W) uint8 -> `size` = (height, width), nearest."""
-    image = Image.fromarray(mask).resize(size[::-1], NEAREST)
+    image = Image.fromarray(mask)
+    image = image.resize(size[::-1], Image.Resampling.NEAREST)
     return np.array(image)
 
 
 @torch.no_grad()
-def track(vit: ViT, frames: Iterable[Tensor], first: np.ndarray, n_last_frames: int = 7,
-          size_mask_neighborhood: int = 12, topk: int = 5, temp: float = 0.1, size: int = 480,
-          size_multiple: int = 64, block: int = -1) -> Iterator[np.ndarray]:
+def track(
+    vit: ViT, frames: Iterable[Tensor], first: np.ndarray,
+    n_last_frames: int = 7, size_mask_neighborhood: int = 12,
+    topk: int = 5, temp: float = 0.1,
+    size: int = 480, size_multiple: int = 64, block: int = -1,
+) -> Iterator[np.ndarray]:
     """The masks (H, W) uint8 of a video's frames, from that of the first, which comes out as it went in.
 
     frames: (3, H, W) uint8, all of one size, taken one at a time.  first: (H, W) uint8, 0 = background.
     Memory does not grow with the video's length."""
     device = vit.cls_token.device
     P = vit.patch_size
-    size = working_size(*first.shape, size, size_multiple, P)
+    size = frame_size(*first.shape, size, size_multiple, P)
     turn = (1, 0, 2) if size[1] > size[0] else (0, 1, 2)               # `propagate` likes h >= w
     ids = np.array([0, *object_numbers(first)], np.uint8)              # (C,)
 
@@ -197,7 +207,7 @@ def track(vit: ViT, frames: Iterable[Tensor], first: np.ndarray, n_last_frames: 
         yield mask
 
 
-# ------------------------------------------------- masks of a video
+# ------------------------------------------------- one checkpoint
 @dataclass
 class Entry:
     """A row of the table: a checkpoint, or in its place masks that are there already."""
@@ -207,136 +217,133 @@ class Entry:
     vit: ViT | None = None
     weights: str = ""                          # their digest
     protocol: dict = field(default_factory=dict)
-    plans: dict[str, dict] = field(default_factory=dict)               # by sequence
 
 
-def plan(clip: Clip, entry: Entry, overwrite: bool) -> dict:
-    """What the masks of a clip depend on, and whether they are "done"; it is stored beside them.
+def entry_of(args, ckpt: str, vit: ViT, folder: Path) -> Entry:
+    """A checkpoint whose masks and tables go to `folder`.  Raises Mistake."""
+    try:
+        vit.block_number(args.block)
+    except ValueError as e:
+        raise Mistake(f"--block: {ckpt}: {e}") from e
+    protocol = {name: getattr(args, name) for name in [*PROTOCOL, "precision"]}
+    protocol["num_heads"] = vit.config["num_heads"]
+    return Entry(ckpt, folder, folder, vit, digest(vit), protocol)
 
-    Raises Mistake for masks made otherwise or among the frames, and for frames that would be too large."""
-    options = entry.protocol | {"weights": entry.weights, "frames": len(clip.frames)}
-    options["first_mask"] = digest({"": torch.from_numpy(clip.first)})
 
-    P = entry.vit.patch_size
-    H, W = working_size(*clip.first.shape, options["size"], options["size_multiple"], P)
-    if H * W > MAX_TOKENS * P ** 2:
-        raise Mistake(f"{clip.masks[0]}: height and width {clip.first.shape} would become {H, W}, more than "
-                      f"{MAX_TOKENS} tokens; cut the frames, or lower --size {options['size']}")
+def write_masks(clip: Clip, entry: Entry, overwrite: bool, unreadable: Unreadable) -> bool:
+    """Propagate a clip into palette PNGs; False if that was done before, with the same options.  These lie
+    beside the masks, in options.json, which says "done" only after the last.
 
+    Raises Mistake for masks that were made otherwise, and where they would lie among the frames."""
     folder = entry.masks / clip.name
     if folder.resolve() == clip.frames[0].resolve().parent:
         raise Mistake(f"{folder}: the masks would lie among the frames: give another --output_dir")
-    stored = run.read_lines(folder / "options.json")
-    if overwrite or not stored and not any(folder.glob("[!.]*.png")):
-        return options | {"done": False}
-    before = stored[-1] if stored else {}
-    differ = [f"{k} {before[k]}, now {v}" for k, v in options.items() if before.get(k, v) != v]
-    if differ or not stored:
-        why = few(differ) or "not by davis.py"
-        raise Mistake(f"{folder}: masks made otherwise ({why}): give --overwrite or another --output_dir")
-    there = all((folder / f"{path.stem}.png").is_file() for path in clip.frames)
-    return options | before | {"done": before["done"] and there}
-
-
-def write_masks(clip: Clip, folder: Path, vit: ViT, options: dict, unreadable: Unreadable) -> None:
-    """Propagate a clip into palette PNGs; options.json says "done" only after the last."""
+    P = entry.vit.patch_size
+    H, W = frame_size(*clip.first.shape, entry.protocol["size"], entry.protocol["size_multiple"], P)
+    if H * W > MAX_TOKENS * P ** 2:
+        raise Mistake(f"{clip.masks[0]}: height and width {clip.first.shape} would become {H, W}, more than "
+                      f"{MAX_TOKENS} tokens; cut the frames, or lower --size")
     about = folder / "options.json"
+    options = entry.protocol | {"weights": entry.weights, "frames": len(clip.frames)}
+    options["first_mask"] = digest({"": torch.from_numpy(clip.first)})
+    paths = [folder / f"{frame.stem}.png" for frame in clip.frames]
+    there = [path for path in paths if path.is_file()]
+    if there and not overwrite:
+        stored = run.read_lines(about)
+        before = stored[-1] if stored else {}
+        differ = []
+        for name, value in options.items():
+            if before.get(name) != value:
+                differ.append(f"{name} {before.get(name)}, now {value}")
+        if differ:
+            why = few(differ) if stored else "not by davis.py"
+            raise Mistake(f"{folder}: masks made otherwise ({why}): give --overwrite or another --output_dir")
+        if before["done"] and there == paths:
+            for name in before["unreadable"]:
+                unreadable.note(name)
+            return False
+
     noted = len(unreadable.names)
-    colours = voc_palette()
     protocol = {name: options[name] for name in PROTOCOL}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(options | {"done": False}))
-        masks = track(vit, read_frames(clip, unreadable), clip.first, **protocol)
-        for path, mask in zip(clip.frames, masks, strict=True):
+        masks = track(entry.vit, read_frames(clip, unreadable), clip.first, **protocol)
+        for path, mask in zip(paths, masks, strict=True):
             image = Image.fromarray(mask)
-            image.putpalette(colours)
-            image.save(folder / f"{path.stem}.png")
+            image.putpalette(voc_palette())
+            image.save(path)
         done = {"done": True, "unreadable": unreadable.names[noted:]}
         about.write_text(json.dumps(options | done))
+    return True
 
 
-# ------------------------------------------------- a row of the table
-def evaluate(args, clips: list[Clip], entry: Entry, device: torch.device) -> None:
-    """Each rank propagates and scores its share of the clips; rank 0 writes what all found."""
+def one_video(args, clip: Clip, entry: Entry, unreadable: Unreadable) -> tuple[dict, str]:
+    """Propagate a clip, score it, draw it.  Returns {object: the seven numbers}, empty if it has one mask,
+    and a line to print."""
+    line = f"{clip.name}: {clip.about()}"
+    start = time.perf_counter()
+    if entry.vit and write_masks(clip, entry, args.overwrite, unreadable):
+        seconds = time.perf_counter() - start
+        line += f", {1000 * seconds / len(clip.frames):.0f} ms a frame"
+    if args.overlay:
+        videos.write_overlay(clip, entry.masks / clip.name, entry.out / "overlay")
+    if len(clip.masks) <= 2:
+        return {}, f"{line}, not scored"
+    rows = score(clip.name, clip.masks, entry.masks / clip.name)
+    mean = percent(mean_of(rows.values()))
+    return rows, f"{line}; J&F {mean['J&F-Mean']:.1f}  J {mean['J-Mean']:.1f}  F {mean['F-Mean']:.1f}"
+
+
+def run_one(args, clips: list[Clip], entry: Entry, device: torch.device) -> None:
+    """Each rank propagates and scores its share of the clips; rank 0 says and writes what all found."""
     start = time.perf_counter()
     frames = sum(len(clip.frames) for clip in clips)
     unreadable = Unreadable(frames, args.max_bad)
     share = {}
-    lines = []
     for clip in clips[distributed.rank()::distributed.world_size()]:
-        share[clip.name], said = evaluate_clip(clip, entry, args.overlay, unreadable)
-        say("\n".join(said))
-        lines += said
-    shares = distributed.everywhere((share, lines, unreadable.names))
+        share[clip.name] = one_video(args, clip, entry, unreadable)
+        say(share[clip.name][1])
+    shares = distributed.everywhere((share, unreadable.names))
     if not is_main():
         return
 
+    rows = {}
     unreadable = Unreadable(frames, args.max_bad)
-    results = {}
-    for rank, (share, lines, names) in enumerate(shares):
-        results |= share
-        for line in lines if rank else []:                             # rank 0 has said its own
-            say(line)
+    for share, names in shares:
+        for name, (found, line) in share.items():
+            rows[name] = found
+            if share is not shares[0][0]:                              # rank 0 has said its own
+                say(line)
         for name in names:
             unreadable.note(name)
-    results = {clip.name: results[clip.name] for clip in clips if results[clip.name]}
-    if results:
+    scored = {clip.name: rows[clip.name] for clip in clips if rows[clip.name]}
+    if scored:
         seconds = time.perf_counter() - start
-        report(args, clips, entry, results, unreadable.for_json(), seconds, device)
+        say_and_record(args, clips, entry, scored, unreadable, seconds, device)
     unreadable.say()
     say(f"written to {entry.out}")
-
-
-def evaluate_clip(clip, entry, overlay, unreadable):
-    """Propagate a clip if that is not done, score it, draw it.  Returns {object: the seven numbers}, empty if
-    it has one mask, and lines to print."""
-    folder = entry.masks / clip.name
-    line = f"{clip.name}: {clip.about()}"
-    options = entry.plans.get(clip.name, {"done": True})
-    if not options["done"]:
-        start = time.perf_counter()
-        write_masks(clip, folder, entry.vit, options, unreadable)
-        seconds = time.perf_counter() - start
-        line += f", {1000 * seconds / len(clip.frames):.0f} ms a frame"
-    else:
-        for name in options.get("unreadable", []):
-            unreadable.note(name)
-
-    rows = {}
-    notes = []
-    if len(clip.masks) > 2:
-        rows, notes = score(clip.name, clip.masks, folder)
-        mean = percent(mean_of(rows.values()))
-        line += f"; J&F {mean['J&F-Mean']:.1f}  J {mean['J-Mean']:.1f}  F {mean['F-Mean']:.1f}"
-    else:
-        line += ", not scored"
-    if overlay:
-        videos.write_overlay(clip, folder, entry.out / "overlay")
-    return rows, [*notes, line]
 
 
 def percent(row: dict[str, float]) -> dict[str, float]:
     return {name: 100 * value for name, value in row.items()}
 
 
-def report(args, clips, entry, results, unreadable, seconds, device):
-    """The JSON line, the three tables, and the overall numbers.  results: {sequence: {object: numbers}}."""
-    objects = videos.objects_of(results)
-    overall = percent(mean_of(objects.values()))
-    protocol = entry.protocol | {"split": args.split, "sequences": len(results)}
-    metrics = overall | unreadable
-    metrics["objects"] = {name: percent(row) for name, row in objects.items()}
+def say_and_record(args, clips, entry, scored, unreadable, seconds, device):
+    """The JSON line, the three tables, and the overall numbers.  scored: {sequence: {object: numbers}}."""
+    tables = videos.write_tables(entry.out, args.split, scored)
+    overall = percent(tables["global"][args.split])
+    objects = {name: percent(row) for name, row in tables["per-object"].items()}
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}
     run.record(
         args.json, eval="davis", ckpt=entry.ckpt, weights=entry.weights,
-        data=args.davis, data_digest=digest(first_masks), protocol=protocol,
-        metrics=metrics, seconds=seconds, device=device,
+        data=args.davis, data_digest=digest(first_masks),
+        protocol=entry.protocol | {"split": args.split, "sequences": len(scored)},
+        metrics=overall | unreadable.for_json() | {"objects": objects},
+        seconds=seconds, device=device,
     )
-    videos.write_tables(entry.out, args.split, results)
-
-    scored = f"{quantity(len(results), 'sequence')}, {quantity(len(objects), 'object')}"
-    say(f"{args.split}: {scored}; percent, mean over the objects")
+    counted = f"{quantity(len(scored), 'sequence')}, {quantity(len(objects), 'object')}"
+    say(f"{args.split}: {counted}; percent, mean over the objects")
     say("  ".join(NAMES))
     say("  ".join(f"{overall[name]:{len(name)}.1f}" for name in NAMES))
 
@@ -358,37 +365,23 @@ def main(args: argparse.Namespace) -> None:
     else:
         constants = ", ".join(f"{name} {getattr(args, name)}" for name in PROTOCOL)
         say(f"protocol: {constants}; tokens after the final norm; scored without first and last frame")
-        entries = open_entries(args, clips, out, device)
+        entries = open_entries(args, out, device)
     for entry in entries:
-        evaluate(args, clips, entry, device)
+        run_one(args, clips, entry, device)
 
 
-def open_entries(args, clips, out, device):
-    """All checkpoints, with what is to be done for each; mistakes are found now, before the work."""
-    entries = []
+def open_entries(args, out: Path, device: torch.device) -> list[Entry]:
+    """All checkpoints, opened before the work, each with a folder of its own."""
+    entries = {}
     for ckpt in args.ckpt:
         folder = out
         if len(args.ckpt) > 1:
             folder = out / re.sub(r"[^\w.-]", "_", short_name(ckpt))
-        if folder in [entry.out for entry in entries]:
+        if folder in entries:
             raise Mistake(f"--ckpt {ckpt}: another one would write to {folder}, too; rename the file, or "
                           "evaluate it alone with another --output_dir")
-        entries.append(entry_of(args, ckpt, open_backbone(args, ckpt, device), folder, clips))
-    distributed.barrier()                                              # no rank writes while another looks
-    return entries
-
-
-def entry_of(args, ckpt: str, vit: ViT, folder: Path, clips: list[Clip]) -> Entry:
-    """What is to be done for a checkpoint, in `folder`.  Raises Mistake."""
-    try:
-        vit.block_number(args.block)
-    except ValueError as e:
-        raise Mistake(f"--block: {ckpt}: {e}") from e
-    entry = Entry(ckpt, folder, folder, vit, digest(vit))
-    entry.protocol = {name: getattr(args, name) for name in [*PROTOCOL, "precision"]}
-    entry.protocol["num_heads"] = vit.config["num_heads"]
-    entry.plans = {clip.name: plan(clip, entry, args.overwrite) for clip in clips}
-    return entry
+        entries[folder] = entry_of(args, ckpt, open_backbone(args, ckpt, device), folder)
+    return list(entries.values())
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import run
 from checkpoint import open_backbone, short_name
-from clicks import fit, picture_mask, picture_tokens, prompted, to_pixels, token_at
+from clicks import Tokens, fit, picture_tokens, select
 from data import ImageFolder, ToyImages, evenly
 from distributed import say
 from figure import cut_out, heat, marked
@@ -128,8 +128,8 @@ class Networks:
         self.cache = threading.Lock()
         self.forward = threading.Lock()
 
-    def tokens(self, picture: Picture, name: str, fine: int = 1, layer: int = 0) -> tuple:
-        """What clicks.picture_tokens returns.  fine: strides in a patch.  layer: blocks before the last.
+    def tokens(self, picture: Picture, name: str, fine: int = 1, layer: int = 0) -> Tokens:
+        """The picture as a network sees it.  fine: strides in a patch.  layer: blocks before the last.
         Raises Mistake for what the network does not have, and for too many tokens."""
         vit = self.vits[name]
         P = vit.patch_size
@@ -158,7 +158,7 @@ class Networks:
             return found
 
     def nbytes(self) -> int:
-        return sum(x.nbytes + z.nbytes for x, z, _ in self.kept.values())
+        return sum(tokens.image.nbytes + tokens.z.nbytes for tokens in self.kept.values())
 
 
 class Answer(NamedTuple):
@@ -183,19 +183,14 @@ def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str
     paper.  Raises Mistake."""
     if clicks.picture is None or not clicks.of(True):
         return None
-    x, z, grid = networks.tokens(clicks.picture, name, fine, layer)
-    P = networks.vits[name].patch_size
-    S = P // fine
-    old = tuple(clicks.picture.image.shape[1:])
-    number = partial(token_at, old=old, new=tuple(x.shape[1:]), P=P, S=S)
-    on = list({number(point) for point in clicks.of(True)})            # a double click is one prompt
-    off = list({number(point) for point in clicks.of(False)})
-    values, t = prompted(z, on, off, threshold)                        # (N,)
-    mask = picture_mask(values, t, on, grid, P, S, smooth=not paper, contiguous=not paper).numpy()
-    pixels = to_pixels(values[None], grid, P, S, smooth=not paper)[0]  # (H', W')
+    tokens = networks.tokens(clicks.picture, name, fine, layer)
+    values, t, mask = select(tokens, clicks.of(True), clicks.of(False), threshold, smooth=not paper,
+                             contiguous=not paper)
+    pixels = tokens.pixels(values, smooth=not paper)                   # (H', W')
+    photo = tokens.image.permute(1, 2, 0).numpy()
+    mask = mask.numpy()
     low = values.min().item()
     high = values.max().item()
-    photo = x.permute(1, 2, 0).numpy()
     colours = Image.fromarray(heat(pixels, low, high))
     over = Image.blend(Image.fromarray(photo), colours, 0.7)
     return Answer(np.asarray(over), cut_out(photo, mask), mask, t, low, high)

@@ -47,34 +47,32 @@ def extract_features(
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
+    unreadable = unreadable or Unreadable(len(images), max_bad=1.0)
     parts = [[] for _ in blocks]
     labels = []
-    found = []
     for _ in tqdm(range(len(loader)), "features", leave=False, disable=None):
         x, y, index, readable = next_batch(batches)
-        labels.append(y)
-        found.append(readable)
-        if unreadable is not None:
-            for i in index[~readable].tolist():
-                unreadable.note(images.name(i))
+        for i in index[~readable].tolist():
+            unreadable.note(images.name(i))
+        labels.append(y[readable])
 
         x = normalize(to_device(x, device))
         outputs = vit.intermediate(x, list(blocks), norm=True)
         for of_block, tokens in zip(parts, outputs, strict=True):      # (B, T, D)
-            tokens = tokens.float()
+            tokens = tokens[readable].float()
             cls = tokens[:, 0]
             pat = tokens[:, vit.num_prefix_tokens:].mean(1)
             both = torch.stack([cls, pat])                             # (2, B, D)
             of_block.append(F.normalize(both, dim=-1).cpu())
 
-    found = torch.cat(found)
-    if not found.any():
+    labels = torch.cat(labels)
+    if not len(labels):
         raise BadImage(f"none of the {len(images)} images can be read, such as {images.name(0)}")
     features = []
     for of_block in parts:
-        cls, pat = torch.cat(of_block, dim=1)[:, found]                # (n, D)
+        cls, pat = torch.cat(of_block, dim=1)                          # (n, D)
         features.append({"cls": cls, "pat": pat})
-    return features, torch.cat(labels)[found]
+    return features, labels
 
 
 def hybrid(features: Features) -> Tensor:
@@ -103,7 +101,8 @@ def knn_predict(
     predictions = []
     for queries in test.split(chunk):
         sims = buffer[:len(queries)]                                   # (b, whole_groups)
-        torch.mm(queries.to(train.device), train.T, out=sims[:, :n])
+        queries = queries.to(train.device)
+        torch.mm(queries, train.T, out=sims[:, :n])
         cosine, index = largest(sims, min(max(ks), n))                 # (b, k), best first
         vote = ((cosine - cosine[:, :1]) / temp).exp()
         voter = labels[index]
@@ -154,8 +153,7 @@ def knn_of_blocks(
 
     Says which images cannot be read; `unreadable` may set a limit.  options: batch_size, workers, blocks, as
     of `extract_features`.  The search runs on CUDA if the network does, and else on the CPU."""
-    if unreadable is None:
-        unreadable = Unreadable(len(train) + len(val), max_bad=1.0)
+    unreadable = unreadable or Unreadable(len(train) + len(val), max_bad=1.0)
     options["unreadable"] = unreadable
     train_blocks, train_labels = extract_features(vit, train, size, device, **options)
     val_blocks, val_labels = extract_features(vit, val, size, device, **options)
@@ -168,28 +166,30 @@ def knn_of_blocks(
         asked["hybrid"] = hybrid(asked)
         accuracy = {}
         for head in known:
-            a = known[head].to(place)
-            accuracy[head] = knn_accuracy(a, train_labels, asked[head], val_labels, ks, temp)
+            accuracy[head] = knn_accuracy(
+                known[head].to(place), train_labels,
+                asked[head], val_labels, ks, temp,
+            )
         results.append(accuracy)
     return results
 
 
-def knn_of(
-    vit: ViT, train, val, size: int, device: torch.device,
-    ks: Sequence[int] = KS, temp: float = 0.07, **options,
-) -> dict[str, dict[int, float]]:
+def knn_of(vit: ViT, *given, **options) -> dict[str, dict[int, float]]:
     """The same of the last block: {"cls" | "pat" | "hybrid": {k: percent}}."""
-    return knn_of_blocks(vit, train, val, size, device, ks, temp, **options)[0]
+    return knn_of_blocks(vit, *given, **options)[0]
 
 
 # ------------------------------------------------- few-shot
 def draw_episodes(
-    labels: Tensor, episodes: int = 600, ways: int = 5, queries: int = 15, seed: int = 0,
+    labels: Tensor,
+    episodes: int = 600, ways: int = 5, queries: int = 15, seed: int = 0,
 ) -> Tensor:
     """(n,) labels -> (episodes, ways, 1 + queries) image numbers: each row is of one class, support first.
 
     Classes of too few images are left out.  Raises Mistake where fewer than `ways` remain."""
-    members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    members = []
+    for c in labels.unique():
+        members.append((labels == c).nonzero()[:, 0])
     large = [m for m in members if len(m) > queries]
     if len(large) < ways:
         small = len(members) - len(large)
@@ -224,5 +224,6 @@ def few_shot(z: Tensor, episodes: Tensor) -> dict:
     for t in F1_THRESHOLDS:
         yes = cosine >= t
         right = (yes & same).sum().item()
-        f1[f"{t:.1f}"] = 200 * right / (yes.sum() + same.sum()).item()
+        asked = (yes.sum() + same.sum()).item()
+        f1[f"{t:.1f}"] = 200 * right / asked
     return {"accuracy": accuracy.mean().item(), "ci95": ci95, "f1": f1}

@@ -256,7 +256,10 @@ class Monitor(Guard):
             at = g * g // 2 + g // 2 if truth is None else int(truth.argmax())
             photo = self.photo(images[i])
             panels = [("clicked patch", figure.marked(photo, (g, g), [(at % g, at // g)], []))]
-            found = {name: clicks.prompted(z[row], [at], [], self.threshold) for name, z in tokens.items()}
+            found = {}
+            for name, z in tokens.items():
+                maps, auto = clicks.prompt_maps(z[row], torch.tensor([[at]]))
+                found[name] = maps[0], auto.item() if self.threshold == "auto" else self.threshold
             low = min(values.min().item() for values, _ in found.values())
             for name, (values, threshold) in found.items():
                 similarity = self.enlarged(values.view(1, g, g))[0]

@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -35,19 +36,11 @@ import checkpoint
 import data
 import figure
 import run
+from clicks import block_features
 from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images
 from distributed import say
 from images import BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
-from knn import (  # noqa: F401 - whoever imports probes finds k-NN here
-    KS,
-    draw_episodes,
-    extract_features,
-    few_shot,
-    knn_accuracy,
-    knn_of,
-    knn_of_blocks,
-    knn_predict,
-)
+from knn import KS, draw_episodes, extract_features, few_shot, knn_of, knn_of_blocks
 from masking import GMML, draw_corruption, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
 from run import Mistake, at_least
@@ -80,12 +73,11 @@ class MiniImageNet(ImageFolder):
             raise Mistake(f"{table}: cannot be read ({e.strerror})") from e
         self.files = []
         names = []
-        for line in csv.reader(text.splitlines()):
-            if len(line) < 2 or line[0] == "filename":
-                continue
-            if only is None or line[1] in only:
-                self.files.append(str(root / "images" / line[0]))
-                names.append(line[1])
+        for line in csv.DictReader(text.splitlines()):
+            label = line.get("label")
+            if label and (only is None or label in only):
+                self.files.append(str(root / "images" / line["filename"]))
+                names.append(label)
         if missing := sorted(set(only or ()) - set(names)):
             raise Mistake(f"{table}: no image of {', '.join(missing[:5])}, which --classes names")
         if not names:
@@ -153,35 +145,38 @@ def variance_of(
     encode: (B, 3, S, S) normalised -> CLS (B, D), patches (B, N, D).  views: 2 or more.  Crops are those of
     pretraining without colour; each masking overwrites half of the centre crop with noise."""
     half_noise = GMML(noise_p=1.0, drop_perc=(0.5, 0.5))
+    unreadable = unreadable or Unreadable(n, max_bad=1.0)
     rows = []
     for i in tqdm(evenly(n, len(images)), "variance", leave=False, disable=None):
         try:
             image = images.read(i)
         except BadImage:
-            if unreadable is not None:
-                unreadable.note(images.name(i))
+            unreadable.note(images.name(i))
             continue
         g = generator_of(seed, "variance", i)
         crops = [random_resized_crop(image, size, (0.25, 1.0), 0.5, g) for _ in range(views)]
         cls = []
         for part in torch.stack(crops).split(batch):
-            x = normalize(part.to(device))
-            cls.append(encode(x)[0].float())
+            tokens, _ = encode(normalize(part.to(device)))
+            cls.append(tokens.float())
 
         clean = normalize(centre_crop(image, size, round(size * ROOM)).to(device))
         patches = []
         for part in torch.arange(views).tensor_split(-(-views // batch)):            # no part of one view
             mask, alien, noise_seed = draw_corruption(half_noise, size, [g] * len(part))
             x = clean.expand(len(part), -1, -1, -1)
-            x = gmml(x, mask.to(device), alien, noise_seed)
-            patches.append(encode(x)[1].float())
-        row = variance_over_views(torch.cat(cls)) + variance_over_views(torch.cat(patches))
-        rows.append(torch.stack(row).cpu())
+            _, tokens = encode(gmml(x, mask.to(device), alien, noise_seed))
+            patches.append(tokens.float())
+        of_crops = variance_over_views(torch.cat(cls))
+        of_masks = variance_over_views(torch.cat(patches))
+        rows.append(torch.stack([*of_crops, *of_masks]).cpu())
     if not rows:
         raise Mistake(f"variance: none of the images can be read, such as {images.name(0)}")
     crops, crops_normalised, masks, masks_normalised = torch.stack(rows).mean(0).tolist()
-    return {"crops": crops, "masks": masks, "crops_normalised": crops_normalised,
-            "masks_normalised": masks_normalised}
+    return {
+        "crops": crops, "masks": masks,
+        "crops_normalised": crops_normalised, "masks_normalised": masks_normalised,
+    }
 
 
 def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
@@ -193,7 +188,10 @@ def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit(x)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
-    v = variance_of(encode, images, size, args.limit, args.views, device, args.seed, unreadable=unreadable)
+    v = variance_of(
+        encode, images, size, args.limit, args.views, device, args.seed,
+        unreadable=unreadable,
+    )
     unreadable.say()
     say(f"CLS over crops {v['crops']:.3f} (normalised x D {v['crops_normalised']:.3f})   patches over "
         f"maskings {v['masks']:.3f} (normalised x D {v['masks_normalised']:.3f})")
@@ -210,7 +208,8 @@ def student_of(ckpt: str, vit: ViT) -> MMC | None:
         return None
     hidden = len(state["h_rec.0.weight"])
     student = MMC(ViT(**vit.config), rec=True, pat=False, cls=False, hidden=hidden)
-    student.load_state_dict({k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))})
+    state = {k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))}
+    student.load_state_dict(state)
     return student.eval().requires_grad_(False)
 
 
@@ -220,8 +219,8 @@ def layers_picture(
 ) -> figure.Picture | None:
     """Fig. 9: n images, corrupted, and what h_rec makes of all patches of each block; below each the mean
     absolute difference to the original.  None where fewer than two images can be read."""
-    crops = {}
     dataset = data.CentreCrop(images, size)
+    crops = {}
     for i in evenly(n, len(images)):
         crop, _, _, readable = dataset[i]
         if readable:
@@ -258,9 +257,9 @@ def photo(x: Tensor) -> figure.Array:
     return denormalize(x).permute(1, 2, 0).numpy()
 
 
-def prompt_iou(args, vit, images, blocks: list[int], device, unreadable: Unreadable) -> dict[int, float]:
+def prompt_iou(args, vit, images, blocks: list[int], device) -> tuple[dict[int, float], list[str]]:
     """{block: best mean IoU in percent}, by the protocol of prompts.py, on the scenes of --coco or --voc, or
-    on `images` where they are toy scenes; else empty."""
+    on `images` where they are toy scenes, and else empty; and the images that cannot be read."""
     from prompts import Protocol, prompt_tables
     from scenes import Coco, ToyScenes, Voc
     P = vit.patch_size
@@ -276,40 +275,43 @@ def prompt_iou(args, vit, images, blocks: list[int], device, unreadable: Unreada
     elif args.limit:
         raise Mistake("--limit counts the scenes of --coco or --voc: give one")
     else:
-        return {}
+        return {}, []
     say(f"prompts: {scenes.about}; {size} px")
 
     def features(images: Tensor) -> list[Tensor]:
         x = normalize(to_device(images, device))
-        outputs = vit.intermediate(x, blocks, norm=True)
-        patches = [tokens[:, vit.num_prefix_tokens:].float() for tokens in outputs]
-        return [F.normalize(z, dim=-1).cpu() for z in patches]
+        return [z.cpu() for z in block_features(vit, x, blocks)]
     tables = prompt_tables(features, scenes, Protocol(size=size), P, num_workers=args.num_workers,
                            max_bad=args.max_bad)
     tables[0].unreadable.say()
-    unreadable.names += tables[0].unreadable.names
     summaries = [table.summary() for table in tables]
     say(f"IoU of the mask that takes everything: {summaries[0]['everything']:.1f}")
-    return {block: summary["best"] for block, summary in zip(blocks, summaries, strict=True)}
+    best = [summary["best"] for summary in summaries]
+    return dict(zip(blocks, best, strict=True)), tables[0].unreadable.names
 
 
 def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
     blocks = args.blocks or list(range(1, vit.depth + 1))
     say(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10")
-    of_scenes = Unreadable(0, 1.0)
-    iou = prompt_iou(args, vit, sources[1], blocks, device, of_scenes)
+    iou, bad_scenes = prompt_iou(args, vit, sources[1], blocks, device)
     results = knn_of_blocks(
         vit, *sources, size, device, [10], blocks=blocks,
         batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
     )
-    unreadable.names += of_scenes.names
-    cls = {block: result["cls"][10] for block, result in zip(blocks, results, strict=True)}
-    pat = {block: result["pat"][10] for block, result in zip(blocks, results, strict=True)}
-    for block in blocks:
+    unreadable.names += bad_scenes
+    cls = {}
+    pat = {}
+    for block, result in zip(blocks, results, strict=True):
+        cls[block] = result["cls"][10]
+        pat[block] = result["pat"][10]
         prompts = f"  prompt IoU, best t {iou[block]:.1f}" if iou else ""
         say(f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}{prompts}")
-    draw_layers(args, ckpt, vit, sources[1], size, [b for b in blocks if b > vit.depth // 2] or blocks)
-    protocol = {"blocks": blocks, "k": 10, "coco": args.coco, "voc": args.voc, "limit": args.limit}
+    late = [block for block in blocks if block > vit.depth // 2]
+    draw_layers(args, ckpt, vit, sources[1], size, late or blocks)
+    protocol = {
+        "blocks": blocks, "k": 10,
+        "coco": args.coco, "voc": args.voc, "limit": args.limit,
+    }
     return protocol, {"knn_cls": cls, "knn_pat": pat, "prompt_iou": iou}
 
 
@@ -321,12 +323,12 @@ def draw_layers(args, ckpt: str, vit: ViT, images, size: int, blocks: list[int])
             "give a last.pth of pretrain.py")
         return
     picture = layers_picture(student, images, size, blocks)
-    path = Path(args.picture)
-    if len(args.ckpt) > 1:
-        path = path.with_stem(f"{path.stem}_{args.ckpt.index(ckpt) + 1}")
     if picture is None:
         say("no picture of reconstructions: fewer than 2 readable images")
         return
+    path = Path(args.picture)
+    if len(args.ckpt) > 1:
+        path = path.with_stem(f"{path.stem}_{args.ckpt.index(ckpt) + 1}")
     with run.writing(path):
         picture.save(path)
     say(f"look at {path}")
@@ -357,18 +359,9 @@ def open_sources(args: argparse.Namespace) -> list:
     return [images]
 
 
-def other_script(name: str):
-    """linseg.py or retrieval.py, which are loaded only when they are asked for."""
-    if name == "linseg":
-        import linseg
-        return linseg
-    import retrieval
-    return retrieval
-
-
 def main(args: argparse.Namespace) -> None:
     if args.probe not in PROBES:
-        other_script(args.probe).main(args)
+        args.main(args)
         return
     run.check_outputs(args, "json", "picture")
     device = run.begin(args, one_process=True)
@@ -379,10 +372,10 @@ def main(args: argparse.Namespace) -> None:
         raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
     sources = open_sources(args)
     for ckpt, vit, size in zip(args.ckpt, networks, sizes, strict=True):
-        evaluate(args, ckpt, vit, sources, size, device)
+        run_one(args, ckpt, vit, sources, size, device)
 
 
-def evaluate(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
+def run_one(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
     """One probe of one checkpoint: says and records it."""
     began = time.perf_counter()
     unreadable = Unreadable(sum(map(len, sources)), args.max_bad)
@@ -429,9 +422,10 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     for name, about in (("linseg", "linear segmentation"), ("retrieval", "revisited Oxford and Paris")):
         p = probes.add_parser(name, help=about)
-        if argv[:1] == [name]:
-            p.description = other_script(name).__doc__
-            other_script(name).add_options(p)
+        if argv[:1] == [name]:                                         # loaded only when it is asked for
+            script = import_module(name)
+            p.description = script.__doc__
+            script.add_options(p)
     return parser.parse_args(argv)
 
 

@@ -8,14 +8,14 @@ An image is stretched to a square.  The mask of a prompt is every token whose co
 at least t.  `Protocol` holds all choices; its defaults are the paper's, where the paper names one.
 zeroshot.py is the command line, and says which these are.
 
-Shapes: B images, N = h*w tokens, D width, K masks, Q prompts, n points of a prompt, T thresholds, H x W
+Shapes: B images, N = h*w tokens, D width, Q prompts, n points of a prompt, T thresholds, H x W
 pixels; a stretched image has S x S pixels, g x g whole patches and G x G tokens, more than patches where the
 stride is below the patch size."""
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -120,10 +120,10 @@ class Protocol:
     seed: int = 0
 
 
-class Targets(NamedTuple):
-    """K masks of an image, all of one kind.  inside: (K, g*g) bool, the patches where prompts are drawn.
-    cover: (K, N), the share of each token that is covered.  truth: (K, N) bool, or (K, S*S) of pixels."""
-    categories: list[str]
+class Target(NamedTuple):
+    """A mask of an image.  inside: (g*g,) bool, the patches where prompts are drawn.  cover: (N,), the share
+    of each token that is covered.  truth: (N,) bool, or (S*S,) of pixels."""
+    category: str
     inside: Tensor
     cover: Tensor
     truth: Tensor
@@ -134,7 +134,7 @@ class Prepared(NamedTuple):
     pixel.  unreadable: why there is no image."""
     name: str
     image: Tensor | None = None
-    targets: dict[str, Targets] | None = None
+    targets: dict[str, list[Target]] | None = None
     empty: int = 0
     unreadable: str = ""
 
@@ -159,26 +159,24 @@ class PromptScenes(Dataset):
         name = self.scenes.name(i)
         empty = 0
         instances = []
-        classes = []
         try:
             image = self.scenes.read(i)
             for category, mask in self.scenes.objects(i):
                 check_sides(name, image.shape[1:], mask.shape)
                 if mask.any():
-                    instances.append((category, *self.on_grids(mask)))
+                    instances.append(self.target(category, mask))
                 else:
                     empty += 1
-            for category, mask in self.scenes.classes(i).items():
-                classes.append((category, *self.on_grids(mask)))
+            classes = [self.target(*one) for one in self.scenes.classes(i).items()]
         except BadImage as e:
             return Prepared(name, unreadable=str(e))
         if not instances:
             return Prepared(name, empty=empty)
-        targets = {"class": stacked(classes), "instance": stacked(instances)}
-        return Prepared(name, resize(image, (self.size, self.size)), targets, empty)
+        image = resize(image, (self.size, self.size))
+        return Prepared(name, image, {"class": classes, "instance": instances}, empty)
 
-    def on_grids(self, mask: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """(H, W) bool -> inside, cover and truth, as in `Targets`."""
+    def target(self, category: str, mask: np.ndarray) -> Target:
+        """(H, W) bool, on the grids."""
         mask = torch.from_numpy(mask)
         patches = patch_cover(mask, self.g, self.g)
         cover = patches
@@ -189,12 +187,7 @@ class PromptScenes(Dataset):
             size = (self.size, self.size)
             pixels = F.interpolate(mask[None, None].byte(), size, mode="nearest-exact")
             truth = pixels.flatten() > 0
-        return majority(patches), cover, truth
-
-
-def stacked(masks: list[tuple]) -> Targets:
-    categories, inside, cover, truth = zip(*masks, strict=True)
-    return Targets(list(categories), torch.stack(inside), torch.stack(cover), torch.stack(truth))
+        return Target(category, majority(patches), cover, truth)
 
 
 class Row(NamedTuple):
@@ -207,11 +200,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Result:
-    """The prompts and the pairs of a set of images.  total: all its images; images: those with an object.
-    left_out: what is no target, by the reason.  counts, sums: as of `pair_counts`."""
+    """The prompts and the pairs of a set of images.  images: how many have an object.  left_out: what is no
+    target, by the reason.  counts, sums: as of `pair_counts`."""
     protocol: Protocol
-    title: str
-    total: int
+    scenes: Scenes
     left_out: Counter
     unreadable: Unreadable
     rows: list[Row] = field(default_factory=list)
@@ -224,29 +216,29 @@ class Result:
     def add(self, scene: Prepared, z: Tensor, grid: PromptScenes) -> None:
         """One more image, with its tokens z (N, D)."""
         self.images += 1
-        cover = scene.targets["class"].cover
+        cover = torch.stack([target.cover for target in scene.targets["class"]])
         labels = torch.where(majority(cover.amax(0)), cover.argmax(0), -1)
         counts, sums = pair_counts(z, labels)
         self.counts += counts
         self.sums += sums
         for kind, targets in scene.targets.items():
-            large = targets.inside.sum(1) >= self.protocol.min_patches
-            self.skipped[kind] += int((~large).sum())
-            if not large.any():
-                continue
-            generator = generator_of(self.protocol.seed, kind, scene.name)
-            found = self.prompt(targets.inside[large], targets.truth[large], z, grid, generator)
-            kept = large.nonzero()[:, 0].tolist()
-            for i, scores in zip(kept, found, strict=True):
-                self.rows.append(Row(kind, scene.name, targets.categories[i], scores))
+            large = [target for target in targets if target.inside.sum() >= self.protocol.min_patches]
+            self.skipped[kind] += len(targets) - len(large)
+            if large:
+                generator = generator_of(self.protocol.seed, kind, scene.name)
+                found = self.prompt(large, z, grid, generator)
+                for target, scores in zip(large, found, strict=True):
+                    self.rows.append(Row(kind, scene.name, target.category, scores))
 
-    def prompt(self, inside: Tensor, truth: Tensor, z: Tensor, grid: PromptScenes,
+    def prompt(self, targets: list[Target], z: Tensor, grid: PromptScenes,
                generator: torch.Generator) -> list[dict[str, float]]:
         """Row.iou of each of Q targets.
 
         Prompts are drawn on the grid of whole patches, seeded by the image's name, so that they stay the
         same at any stride, limit and batch size."""
         choice = self.protocol
+        inside = torch.stack([target.inside for target in targets])    # (Q, g*g)
+        truth = torch.stack([target.truth for target in targets])      # (Q, N), or (Q, S*S)
         points = draw_points(inside, choice.points, generator)
         if choice.prompt == "center":
             points[:, 0] = centre_point(inside, (grid.g, grid.g))
@@ -262,8 +254,9 @@ class Result:
             maps = to_pixels(maps, shape, grid.patch, grid.stride, choice.upsample).flatten(1)
             points = middle_pixels(points, grid.G, grid.patch, grid.stride)
             shape = (grid.size, grid.size)
+        thresholds = {f"{t:.1f}": t for t in THRESHOLDS} | {"auto": auto}
         scores = {}
-        for name, t in [*((f"{t:.1f}", t) for t in THRESHOLDS), ("auto", auto)]:
+        for name, t in thresholds.items():
             masks = maps >= t
             if choice.contiguous:
                 masks = connected(masks, points, shape)
@@ -272,15 +265,19 @@ class Result:
         table = torch.stack(list(scores.values()), 1)                  # (Q, T + 2)
         return [dict(zip(scores, row, strict=True)) for row in table.tolist()]
 
+    def asked(self) -> list[Row]:
+        """The prompts of the protocol's kind of target."""
+        return [row for row in self.rows if row.target == self.protocol.target]
+
     def summary(self) -> dict:
         """Four means in percent, each {threshold: mean IoU}, where there are such targets.  The first is the
         default definition; its best value, the automatic one, and that of everything stand beside it.  Then
-        overlap, intra and inter, None without pairs, and counts.  Raises Mistake without any target."""
-        asked = [row for row in self.rows if row.target == self.protocol.target]
+        overlap, intra and inter, nan without pairs, and counts.  Raises Mistake without any target."""
+        asked = self.asked()
         instances = [row for row in self.rows if row.target == "instance"]
         if not asked:
-            raise Mistake(f"{self.title}: no {self.protocol.target} of {self.protocol.min_patches} or more "
-                          f"patches in {self.total} images")
+            raise Mistake(f"{self.scenes.title}: no {self.protocol.target} of {self.protocol.min_patches} "
+                          f"or more patches in {len(self.scenes)} images")
         means = {
             "miou": mean_iou(asked, "image"),
             "miou_pairs": mean_iou(asked),
@@ -288,10 +285,12 @@ class Result:
         }
         if instances:
             means["miou_instance"] = mean_iou(instances)
+        auto = {}
+        everything = {}
         for name, mean in means.items():
             means[name] = {k: round(v, 3) for k, v in mean.items()}
-        auto = {name: mean.pop("auto") for name, mean in means.items()}
-        everything = {name: mean.pop("everything") for name, mean in means.items()}
+            auto[name] = means[name].pop("auto")
+            everything[name] = means[name].pop("everything")
         best = max(means["miou"], key=means["miou"].get)
         intra, inter = (self.sums / self.counts.sum(1)).tolist()
         return {
@@ -302,9 +301,9 @@ class Result:
             "auto_others": auto,
             "everything": everything["miou"],
             "everything_others": everything,
-            "overlap": rounded(overlap(self.counts)),
-            "intra": rounded(intra),
-            "inter": rounded(inter),
+            "overlap": round(overlap(self.counts), 4),
+            "intra": round(intra, 4),
+            "inter": round(inter, 4),
             "n_categories": len({row.category for row in asked}),
             "n_prompts": len(asked),
             "n_skipped": self.skipped[self.protocol.target],
@@ -313,10 +312,6 @@ class Result:
             **self.unreadable.for_json(),
             "images_per_s": round(self.images / self.seconds, 3),
         }
-
-
-def rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
 
 
 def mean_iou(rows: list[Row], by: str = "") -> dict[str, float]:
@@ -329,11 +324,9 @@ def mean_iou(rows: list[Row], by: str = "") -> dict[str, float]:
     return dict(zip(rows[0].iou, percent.tolist(), strict=True))
 
 
-def prompt_table(features: Features, scenes: Scenes, protocol: Protocol, patch_size: int,
-                 batch_size: int = 8, **options) -> Result:
-    """Prompt every object and category of all images.  Options: those of `prompt_tables`."""
-    return prompt_tables(lambda images: [features(images)], scenes, protocol, patch_size, batch_size,
-                         **options)[0]
+def prompt_table(features: Features, *given, **options) -> Result:
+    """Prompt every object and category of all images, with the arguments of `prompt_tables`."""
+    return prompt_tables(lambda images: [features(images)], *given, **options)[0]
 
 
 def prompt_tables(features: Callable[[Tensor], list[Tensor]], scenes: Scenes, protocol: Protocol,
@@ -347,6 +340,7 @@ def prompt_tables(features: Callable[[Tensor], list[Tensor]], scenes: Scenes, pr
     loader = iter(DataLoader(grid, None, num_workers=num_workers, worker_init_fn=init_worker))
     unreadable = Unreadable(len(scenes), max_bad)
     left_out = Counter(scenes.left_out)
+    empty = partial(Result, protocol, scenes, left_out, unreadable)
     results = []
     batch = []
     start = time.perf_counter()
@@ -360,13 +354,12 @@ def prompt_tables(features: Callable[[Tensor], list[Tensor]], scenes: Scenes, pr
             batch.append(scene)
         if len(batch) == batch_size or (batch and i == len(scenes) - 1):
             tokens = features(torch.stack([scene.image for scene in batch]))
-            for k in range(len(tokens)):
-                if k == len(results):
-                    results.append(Result(protocol, scenes.title, len(scenes), left_out, unreadable))
-                for scene, z in zip(batch, tokens[k], strict=True):
-                    results[k].add(scene, z, grid)
+            results = results or [empty() for _ in tokens]
+            for result, of_batch in zip(results, tokens, strict=True):
+                for scene, z in zip(batch, of_batch, strict=True):
+                    result.add(scene, z, grid)
             batch = []
-    results = results or [Result(protocol, scenes.title, len(scenes), left_out, unreadable)]
+    results = results or [empty()]
     for result in results:
         result.seconds = time.perf_counter() - start
     return results

@@ -18,7 +18,6 @@ import argparse
 import os
 import pickle
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import data
 import figure
 import run
-from data import digest, walk
 from distributed import say
 from images import BadImage, Unreadable, normalize, read_image, resize
 from model import ViT
@@ -65,7 +64,7 @@ def read_truth(path: Path) -> dict:
     try:
         with open(path, "rb") as f:
             truth = Plain(f, encoding="latin1").load()
-        check_truth(truth["imlist"], truth["qimlist"], truth["gnd"])
+        check_truth(truth)
     except Exception as e:               # what is no such pickle can raise almost any kind
         what = f"no {e}" if isinstance(e, KeyError) else e
         raise Mistake(f"{path}: not a ground truth of the revisited sets ({what}); expected imlist, qimlist, "
@@ -73,10 +72,10 @@ def read_truth(path: Path) -> dict:
     return truth
 
 
-def check_truth(imlist: list, qimlist: list, gnd: list) -> None:
+def check_truth(truth: dict) -> None:
     """Raises ValueError for images that do not exist and boxes that are none."""
-    n = len(imlist)
-    for query, known in zip(qimlist, gnd, strict=True):
+    n = len(truth["imlist"])
+    for query, known in zip(truth["qimlist"], truth["gnd"], strict=True):
         for i in numbers(known, KINDS):
             if not 0 <= i < n:
                 raise ValueError(f"query {query}: index {i} of {n} images")
@@ -106,14 +105,9 @@ class Revisited:
         self.n = len(truth["imlist"])
         self.gnd = truth["gnd"]
 
-        left_out = Counter()
-        there = set(walk(folder, left_out))
-        lost = sorted(set(self.files) - there)
-        if lost:
+        self.about = f"{len(self.gnd)} queries, {self.n} images"
+        if lost := [file for file in self.files if not os.path.isfile(file)]:
             raise Mistake(f"{root}: {len(lost)} of {len(self.files)} images are missing, the first {lost[0]}")
-        left_out["images that are not in the ground truth"] = len(there - set(self.files))
-        left = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
-        self.about = f"{len(self.gnd)} queries, {self.n} images" + (f", left out: {left}" if left else "")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -138,14 +132,20 @@ def cropped(image: Tensor, box) -> Tensor:
 
 # ------------------------------------------------- features
 @torch.no_grad()
-def describe(vit: ViT, image: Tensor, imsize: int, scales: list[float], head: str, device) -> Tensor:
+def describe(
+    vit: ViT, image: Tensor, device: torch.device,
+    imsize: int, scales: list[float], head: str,
+) -> Tensor:
     """(3, H, W) uint8 -> (D,) L2-normalised: CLS or PAT, the mean over the scales of the image."""
     P = vit.patch_size
     sides = image.shape[1:]
     total = 0.0
     for scale in scales:
         factor = min(1.0, imsize / max(sides)) * scale
-        size = [max(P, int(side * factor + 1e-6) // P * P) for side in sides]
+        size = []
+        for side in sides:
+            patches = int(side * factor + 1e-6) // P
+            size.append(max(1, patches) * P)
         x = resize(image.float() / 255, size).clamp(0, 1)
         x = normalize(x.to(device))
         tokens = vit(x[None], cls_only=head == "cls")[0]               # (T, D), or (1, D)
@@ -180,7 +180,7 @@ def places(order: np.ndarray, positive, junk) -> np.ndarray:
     return np.flatnonzero(np.isin(kept, positive))
 
 
-def evaluate(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
+def scores(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
     """{"map", "mp@1", ...}: percent, means over the queries that have a positive; "queries": how many do.
 
     order: (Q, n) image numbers, best first."""
@@ -195,9 +195,12 @@ def evaluate(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]
             top = min(found.max() + 1, kappa)                          # as the sets' authors
             row.append((found < top).sum() / top)
         rows.append(row)
-    means = 100 * np.mean(rows, axis=0) if rows else np.full(1 + len(KAPPAS), np.nan)
     names = ["map", *(f"mp@{kappa}" for kappa in KAPPAS)]
-    return dict(zip(names, means.tolist(), strict=True)) | {"queries": len(rows)}
+    means = np.full(len(names), np.nan)
+    if rows:
+        means = 100 * np.mean(rows, axis=0)
+    result = dict(zip(names, means.tolist(), strict=True))
+    return result | {"queries": len(rows)}
 
 
 # ------------------------------------------------- the script
@@ -211,7 +214,7 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
         except BadImage as e:
             unreadable.note(str(e))
             continue
-        features[i] = describe(vit, image, args.imsize, args.scales, args.head, device)
+        features[i] = describe(vit, image, device, args.imsize, args.scales, args.head)
     readable = np.array(list(features))
     n = (readable < images.n).sum()
     if n in (0, len(features)):
@@ -222,25 +225,12 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
     return readable[order], queries.tolist(), unreadable
 
 
-def report(images: Revisited, order: np.ndarray, queries: list[int]) -> dict:
-    """Print the scores; returns them for JSON."""
-    metrics = {}
-    for setup in SETUPS:
-        result = evaluate(order, [images.gnd[query] for query in queries], setup)
-        shown = "  ".join(f"mP@{kappa} {result[f'mp@{kappa}']:.2f}" for kappa in KAPPAS)
-        without = len(queries) - result["queries"]
-        left = f"; {without} without a positive are left out" if without else ""
-        say(f"{setup:>7}  mAP {result['map']:.2f}  {shown}   ({result['queries']} of {len(images.gnd)} "
-              f"queries{left})")
-        metrics[setup] = result
-    return metrics
-
-
 def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop: bool) -> list[tuple]:
     """The first queries with their best results, each said to be easy, hard, junk or wrong."""
     def square(i: int) -> np.ndarray:
-        photo = Image.fromarray(images.read(i, crop).permute(1, 2, 0).numpy())
-        return np.asarray(ImageOps.pad(photo, (figure.CELL, figure.CELL)))
+        photo = images.read(i, crop).permute(1, 2, 0).numpy()
+        padded = ImageOps.pad(Image.fromarray(photo), (figure.CELL, figure.CELL))
+        return np.asarray(padded)
 
     rows = []
     for query, ranking in zip(queries[:6], order, strict=False):
@@ -253,27 +243,40 @@ def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop:
     return rows
 
 
+def run_one(args, ckpt: str, vit: ViT, images: Revisited, device) -> tuple[np.ndarray, list[int]]:
+    """Rank for one checkpoint, say and record the scores.  Returns what `rank` does."""
+    started = time.time()
+    order, queries, unreadable = rank(vit, images, args, device)
+    unreadable.say()
+    say(checkpoint.short_name(ckpt))
+    metrics = {}
+    for setup in SETUPS:
+        result = scores(order, [images.gnd[query] for query in queries], setup)
+        shown = "  ".join(f"mP@{kappa} {result[f'mp@{kappa}']:.2f}" for kappa in KAPPAS)
+        without = len(queries) - result["queries"]
+        left = f"; {without} without a positive are left out" if without else ""
+        say(f"{setup:>7}  mAP {result['map']:.2f}  {shown}   ({result['queries']} of {len(images.gnd)} "
+            f"queries{left})")
+        metrics[setup] = result
+    run.record(
+        args.json, eval="retrieval", ckpt=ckpt, weights=checkpoint.digest(vit),
+        data=args.data, data_digest=data.digest(images),
+        protocol={name: getattr(args, name) for name in PROTOCOL},
+        metrics=metrics | unreadable.for_json(), seconds=time.time() - started, device=device,
+    )
+    return order, queries
+
+
 def main(args: argparse.Namespace) -> None:
     device = run.begin(args, one_process=True)
     run.check_outputs(args, "json", "picture")
     images = Revisited(args.data)
     say(f"retrieval, {images.title}: {images.about}")
-    args.scales = [1, 2 ** -0.5, 0.5] if args.multi_scale else [1]
-    protocol = {name: getattr(args, name) for name in PROTOCOL}
-    say(", ".join(f"{name} {value}" for name, value in protocol.items()))
+    say(", ".join(f"{name} {getattr(args, name)}" for name in PROTOCOL))
     vits = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
     rows = []
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
-        started = time.time()
-        order, queries, unreadable = rank(vit, images, args, device)
-        unreadable.say()
-        say(checkpoint.short_name(ckpt))
-        metrics = report(images, order, queries) | unreadable.for_json()
-        run.record(
-            args.json, eval="retrieval", ckpt=ckpt, weights=checkpoint.digest(vit),
-            data=args.data, data_digest=digest(images), protocol=protocol,
-            metrics=metrics, seconds=time.time() - started, device=device,
-        )
+        order, queries = run_one(args, ckpt, vit, images, device)
         if args.picture:
             rows += picture_rows(images, order, queries, args.query_crop)
     if args.picture:
@@ -289,7 +292,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     a("--head", default="cls", choices=["cls", "pat"], help="which feature describes an image")
     a("--imsize", type=at_least(1), default=224,
       help="pixels of the long side (DINO 224; the sets' authors 1024)")
-    a("--multi_scale", action="store_true", help="average over scales 1, 1/sqrt(2), 1/2")
+    a("--multi_scale", dest="scales", action="store_const", const=[1, 2 ** -0.5, 0.5], default=[1],
+      help="average over scales 1, 1/sqrt(2), 1/2")
     a("--query_crop", default=True, action=argparse.BooleanOptionalAction,
       help="[D] crop a query to its box (the sets' authors: yes; DINO: no)")
     a("--picture", help="write the first queries and their best results to this PNG")

@@ -21,7 +21,7 @@ several clicks.  Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 
 Shapes: N = h*w tokens, D width, H x W pixels, P patch size, S stride."""
 import argparse
 import csv
-from contextlib import contextmanager
+import math
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoint
 import data
 import figure
 import run
-from checkpoint import digest, open_backbone, short_name
-from clicks import picture_mask, picture_tokens, prompted, to_pixels, token_at, working_size
+from checkpoint import short_name
+from clicks import picture_tokens, select, working_size
 from distributed import say
 from images import normalize, read_image
 from model import ViT
@@ -42,12 +43,13 @@ from run import Mistake
 from scenes import Coco, Scenes, ToyScenes, Voc
 from toy import SPLITS
 
+PICTURE = "point background_point threshold heads kmeans out"
 IDLE = {                                       # options that have no effect beside another
     "image": "split limit target prompt min_patches truth crowd points background_points csv similarity json "
              "batch_size num_workers max_bad",
-    "coco": "point background_point threshold heads kmeans out",
-    "voc": "point background_point threshold heads kmeans out crowd",
-    "toy": "point background_point threshold heads kmeans out crowd max_bad",
+    "coco": PICTURE,
+    "voc": f"{PICTURE} crowd",
+    "toy": f"{PICTURE} crowd max_bad",
 }
 MEANS = {
     "miou": "mean per image",
@@ -59,47 +61,57 @@ MEANS = {
 
 # ------------------------------------------------- the table
 def table_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) -> None:
+    """A row of the table for each checkpoint, and the files that were asked for."""
     scenes = open_scenes(args)
     say(scenes.about)
-    if args.csv:
-        begin_csv(args.csv)
-    curves = []
+    results = {}
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
-        protocol = protocol_of(args, vit)
-        choices = asdict(protocol) | {"precision": args.precision}
-        words = ", ".join(f"{name} {value}" for name, value in choices.items())
-        say(f"{short_name(ckpt)}: {len(scenes)} images, {words}")
-        vit.patch_embed.stride = protocol.stride
-        result = prompt_table(network_features(vit, device), scenes, protocol, vit.patch_size,
-                              batch_size=args.batch_size, num_workers=args.num_workers, max_bad=args.max_bad)
-        summary = result.summary()
-        run.record(args.json, eval="zeroshot", ckpt=ckpt, weights=digest(vit), data=scenes.title,
-                   data_digest=data.digest(scenes), protocol=choices, metrics=summary,
-                   seconds=result.seconds, device=device)
-        if args.csv:
-            append_csv(args.csv, ckpt, result, scenes.categories)
-        say(table_of(summary, protocol))
-        result.unreadable.say()
-        curves.append(density_curves(result, ckpt))
+        results[ckpt] = run_one(args, ckpt, vit, scenes, device)
+    if args.csv:
+        write_csv(args.csv, results)
     if args.similarity:
+        curves = [density_curves(ckpt, result) for ckpt, result in results.items()]
         with run.writing(args.similarity, "--similarity "):
             figure.beside(curves).save(args.similarity)
         say(f"densities drawn in {args.similarity}")
 
 
+def run_one(args, ckpt: str, vit: ViT, scenes: Scenes, device: torch.device) -> Result:
+    """Evaluate one checkpoint, say and record what came out."""
+    protocol = protocol_of(args, vit)
+    choices = asdict(protocol) | {"precision": args.precision}
+    words = ", ".join(f"{name} {value}" for name, value in choices.items())
+    say(f"{short_name(ckpt)}: {len(scenes)} images, {words}")
+    vit.patch_embed.stride = protocol.stride
+    result = prompt_table(
+        network_features(vit, device), scenes, protocol, vit.patch_size,
+        args.batch_size, args.num_workers, args.max_bad,
+    )
+    summary = result.summary()
+    run.record(
+        args.json, eval="zeroshot", ckpt=ckpt, weights=checkpoint.digest(vit),
+        data=scenes.title, data_digest=data.digest(scenes), protocol=choices,
+        metrics=summary, seconds=result.seconds, device=device,
+    )
+    say(table_of(summary, protocol))
+    result.unreadable.say()
+    return result
+
+
 def protocol_of(args: argparse.Namespace, vit: ViT) -> Protocol:
     given = {field.name: getattr(args, field.name) for field in fields(Protocol)}
     size = args.size or (vit.config["img_size"] if args.toy else 480)
-    stride = args.stride or vit.patch_size
-    return Protocol(**given | {"size": working_size(size, vit.patch_size), "stride": stride})
+    given["size"] = working_size(size, vit.patch_size)
+    given["stride"] = args.stride or vit.patch_size
+    return Protocol(**given)
 
 
 def open_scenes(args: argparse.Namespace) -> Scenes:
-    if args.voc:
-        return Voc(args.voc, args.split or "val", args.limit)
     if args.coco:
         return Coco(args.coco, args.split or "val2017", args.crowd, args.limit)
     split = args.split or "val"
+    if args.voc:
+        return Voc(args.voc, split, args.limit)
     if split not in SPLITS:
         raise Mistake(f"--split {split}: the toy world has {', '.join(SPLITS)}")
     return ToyScenes(data.ToyImages(split, args.limit or 200, seed=args.seed))
@@ -123,7 +135,7 @@ def table_of(summary: dict, protocol: Protocol) -> str:
     cosines = []
     for name in ("intra", "inter", "overlap"):
         value = summary[name]
-        cosines.append(f"{name} without pairs" if value is None else f"{name} {value:.3f}")
+        cosines.append(f"{name} without pairs" if math.isnan(value) else f"{name} {value:.3f}")
     lines.append(f"similarity: {', '.join(cosines)}")
     left_out = [f"{summary['n_skipped']} targets below {protocol.min_patches} patches"]
     left_out += [f"{count} {what}" for what, count in summary["left_out"].items()]
@@ -133,35 +145,25 @@ def table_of(summary: dict, protocol: Protocol) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def csv_writer(path: str, mode: str):
-    with run.writing(path, "--csv "):
-        with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as f:
-            yield csv.writer(f)
-
-
-def begin_csv(path: str) -> None:
+def write_csv(path: str, results: dict[str, Result]) -> None:
+    """A line per checkpoint and category, empty where the category had no prompt."""
     thresholds = [f"t{t:.1f}" for t in THRESHOLDS]
-    with csv_writer(path, "w") as writer:
-        writer.writerow(["ckpt", "category", "prompts", *thresholds, "auto", "everything"])
+    lines = [["ckpt", "category", "prompts", *thresholds, "auto", "everything"]]
+    for ckpt, result in results.items():
+        for category in result.scenes.categories:
+            rows = [row for row in result.asked() if row.category == category]
+            means = mean_iou(rows).values() if rows else []
+            values = [f"{mean:.2f}" for mean in means] or [""] * (len(THRESHOLDS) + 2)
+            lines.append([ckpt, category, len(rows), *values])
+    with run.writing(path, "--csv "):
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            csv.writer(f).writerows(lines)
 
 
-def append_csv(path: str, ckpt: str, result: Result, categories: list[str]) -> None:
-    """A line per category, empty where it had no prompt."""
-    asked = [row for row in result.rows if row.target == result.protocol.target]
-    with csv_writer(path, "a") as writer:
-        for category in categories:
-            rows = [row for row in asked if row.category == category]
-            values = [""] * (len(THRESHOLDS) + 2)
-            if rows:
-                values = [f"{value:.2f}" for value in mean_iou(rows).values()]
-            writer.writerow([ckpt, category, len(rows), *values])
-
-
-def density_curves(result: Result, ckpt: str):
+def density_curves(ckpt: str, result: Result) -> figure.Picture:
     """The picture of Fig. 5 for one checkpoint."""
     total = result.counts.sum(1).double()
-    text = f"{result.title}, overlap O = {overlap(result.counts):.3f}"
+    text = f"{result.scenes.title}, overlap O = {overlap(result.counts):.3f}"
     shares = (result.counts / total[:, None]).numpy()
     means = (result.sums / total).tolist()
     return figure.densities(shares, means, ["intra", "inter"], short_name(ckpt), text)
@@ -179,7 +181,8 @@ def kmeans(z: Tensor, k: int, seed: int = 0, steps: int = 30) -> Tensor:
     for _ in range(steps):
         nearest = (z @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, z)
-        centres = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=-1), centres)
+        filled = sums.any(1, keepdim=True)
+        centres = torch.where(filled, F.normalize(sums, dim=-1), centres)
     size = torch.bincount(nearest, minlength=k)
     rank = size.argsort(descending=True).argsort()
     return rank[nearest]
@@ -190,39 +193,35 @@ def picture_row(vit: ViT, image: Tensor, device: torch.device,
                 args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
     """The titled cells of one checkpoint.  args: size, stride, point, background_point, threshold, combine,
     centre, contiguous, upsample, heads, kmeans, seed."""
-    x, z, grid = picture_tokens(vit, image, device, args.size or 480, args.stride)
-    photo = x.permute(1, 2, 0).numpy()
-    P = vit.patch_size
-    S = vit.patch_embed.stride
-
-    def pixels(values, smooth=True):
-        return to_pixels(values[None].float(), grid, P, S, smooth)[0]
-
+    tokens = picture_tokens(vit, image, device, args.size or 480, args.stride)
+    photo = tokens.image.permute(1, 2, 0).numpy()
     cells = [("image", photo)]
     if args.point:
-        old = tuple(image.shape[1:])
-        new = tuple(x.shape[1:])
-        on = [token_at(point, old, new, P, S) for point in args.point]
-        off = [token_at(point, old, new, P, S) for point in args.background_point]
-        values, t = prompted(z, on, off, args.threshold, args.combine, args.centre)
+        values, t, mask = select(
+            tokens, args.point, args.background_point,
+            args.threshold, args.combine, args.centre, args.upsample, args.contiguous,
+        )
         low = values.min().item()
         high = values.max().item()
-        mask = picture_mask(values, t, on, grid, P, S, args.upsample, args.contiguous).numpy()
+        clicked = figure.marked(photo, tokens.given, args.point, args.background_point)
         chosen = " (auto)" if args.threshold == "auto" else ""
         cells = [
-            ("prompt", figure.marked(photo, old, args.point, args.background_point)),
-            (f"similarity, {low:.2f} to {high:.2f}", figure.heat(pixels(values), low, high)),
-            (f"mask, t = {t:.2f}{chosen}", figure.cut_out(photo, mask)),
+            ("prompt", clicked),
+            (f"similarity, {low:.2f} to {high:.2f}", figure.heat(tokens.pixels(values), low, high)),
+            (f"mask, t = {t:.2f}{chosen}", figure.cut_out(photo, mask.numpy())),
         ]
 
-    attention = vit.attention(normalize(x[None].to(device)))[0].cpu()  # (heads, N)
-    maps = {f"head {i}": weights for i, weights in enumerate(attention, start=1)}
-    if not args.heads:
-        maps = {"CLS attention": attention.mean(0)}
+    x = normalize(tokens.image[None].to(device))
+    attention = vit.attention(x)[0].cpu()                              # (heads, N)
+    maps = {"CLS attention": attention.mean(0)}
+    if args.heads:
+        maps = {f"head {i}": weights for i, weights in enumerate(attention, start=1)}
     for title, weights in maps.items():
-        cells.append((title, figure.heat(pixels(weights), 0, weights.quantile(0.99).item())))
-    clusters = pixels(kmeans(z, args.kmeans, args.seed), smooth=False).long().numpy()
-    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, clusters)))
+        high = weights.quantile(0.99).item()
+        cells.append((title, figure.heat(tokens.pixels(weights), 0, high)))
+    clusters = kmeans(tokens.z, args.kmeans, args.seed)
+    numbers = tokens.pixels(clusters, smooth=False).long().numpy()
+    cells.append((f"k-means, k = {args.kmeans}", figure.painted(photo, numbers)))
     return cells
 
 
@@ -231,8 +230,7 @@ def picture_main(args: argparse.Namespace, vits: list[ViT], device: torch.device
     _, H, W = image.shape
     for x, y in args.point + args.background_point:
         if not (0 <= x < W and 0 <= y < H):
-            raise Mistake(f"point {x:g},{y:g} is outside of {args.image}, which is {W} pixels wide and {H} "
-                          "high")
+            raise Mistake(f"point {x:g},{y:g} is outside of {args.image}, {W} pixels wide and {H} high")
     rows = []
     for ckpt, vit in zip(args.ckpt, vits, strict=True):
         rows.append((short_name(ckpt), picture_row(vit, image, device, args)))
@@ -250,11 +248,8 @@ def pair(text: str) -> tuple[float, float]:
     return x, y
 
 
-def threshold(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a cosine, or auto") from e
+def cosine(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -266,7 +261,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--stride", type=run.at_least(1), help="pixels between patches, a divisor of the patch "
                    "size; half of it: masks twice as fine, four times the tokens (default: the patch size)")
 
-    a = p.add_argument_group("what to evaluate: one of").add_argument
+    what = p.add_argument_group("what to evaluate: one of")
+    a = what.add_mutually_exclusive_group(required=True).add_argument
     a("--coco", metavar="DIR", help="folder of annotations/instances_SPLIT.json and SPLIT/")
     a("--voc", metavar="DIR", help="VOCdevkit, or VOC2012")
     a("--toy", action="store_true", help="generated scenes")
@@ -278,7 +274,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--target", default="class", choices=["class", "instance"], help="all objects of a category together "
       "(default), or one by one")
     a("--prompt", default="random", choices=["random", "center"], help="a random patch of the target "
-      "(default), or the deepest inside it")
+      "(default), or the deepest inside it; also written centre",
+      type=lambda text: text.replace("centre", "center"))
     a("--min_patches", type=run.at_least(1), default=3, help="smaller targets are left out (default 3)")
     a("--truth", default="patch", choices=["patch", "pixel"], help="compare patches (default), or pixels of "
       "the resized image")
@@ -305,7 +302,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--point", type=pair, action="append", default=[], metavar="X,Y", help="pixel on the object, once or "
       "more; without: attention and k-means only")
     a("--background_point", type=pair, action="append", default=[], metavar="X,Y", help="pixel beside it")
-    a("--threshold", type=threshold, default="auto", help="cosine, or auto (default)")
+    a("--threshold", type=cosine, default="auto", help="cosine, or auto (default)")
     a("--heads", action="store_true", help="attention of each head (default: their mean)")
     a("--kmeans", type=run.at_least(1), default=3, metavar="K", help="clusters of the tokens (paper 3)")
     a("--out", default="zeroshot.png", help="where the picture goes (default zeroshot.png)")
@@ -316,12 +313,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: run.Parser) -> None:
     """Raises Mistake for options that do not go together."""
-    given = [mode for mode in IDLE if getattr(args, mode)]
-    if len(given) != 1:
-        raise Mistake(f"give one of --coco, --voc, --toy, --image, not {len(given)}")
-    for name in IDLE[given[0]].split():
-        if getattr(args, name) != parser.get_default(name):
-            raise Mistake(f"--{name} has no effect with --{given[0]}")
+    for mode, idle in IDLE.items():
+        for name in idle.split() if getattr(args, mode) else []:
+            if getattr(args, name) != parser.get_default(name):
+                raise Mistake(f"--{name} has no effect with --{mode}")
     if args.upsample and args.truth == "patch" and not args.image:
         raise Mistake("--upsample compares pixels: add --truth pixel")
     for name in ("background_point", "threshold", "combine", "centre", "contiguous"):
@@ -336,7 +331,8 @@ def main(args: argparse.Namespace) -> None:
     if args.image:
         run.check_outputs(args, "out")
     device = run.begin(args, one_process=True)
-    vits = [open_backbone(args, ckpt, device) for ckpt in args.ckpt]   # all of them, before any work
+    # All checkpoints are opened before any work.
+    vits = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
     for vit in vits:
         if args.stride and vit.patch_size % args.stride:
             raise Mistake(f"--stride {args.stride} does not divide the patch size {vit.patch_size}")

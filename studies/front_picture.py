@@ -14,7 +14,7 @@ from PIL import Image
 import checkpoint
 import figure
 import run
-from clicks import picture_mask, picture_tokens, prompted, to_pixels, token_at
+from clicks import picture_tokens, select
 from distributed import say
 from images import read_image
 from run import Mistake
@@ -27,17 +27,12 @@ WIDTH = 200                                    # pixels of a panel
 def panels_of(vit, path: str, point: tuple[int, int]) -> list[tuple]:
     """Click, similarity and mask of one photograph."""
     image = read_image(path)
-    P = vit.patch_size
-    x, z, grid = picture_tokens(vit, image, torch.device("cpu"), ROWS * P, None)
-    old = tuple(image.shape[1:])
-    on = [token_at(point, old, tuple(x.shape[1:]), P, P)]
-    values, t = prompted(z, on, [])                                    # (N,)
-    heat = figure.heat(to_pixels(values[None], grid, P, P, smooth=True)[0], 0, 1)
-    mask = picture_mask(values, t, on, grid, P, P, contiguous=True)    # (H, W)
-    photo = x.permute(1, 2, 0).numpy()
+    tokens = picture_tokens(vit, image, torch.device("cpu"), ROWS * vit.patch_size)
+    values, t, mask = select(tokens, [point], [], contiguous=True)     # (N,), a number, (H, W)
+    photo = tokens.image.permute(1, 2, 0).numpy()
     panels = {
-        "one click": figure.marked(image.permute(1, 2, 0).numpy(), old, [point], []),
-        "similarity to that patch": heat,
+        "one click": figure.marked(image.permute(1, 2, 0).numpy(), tokens.given, [point], []),
+        "similarity to that patch": figure.heat(tokens.pixels(values), 0, 1),
         f"mask: at least {t:.2f}": figure.cut_out(photo, mask.numpy()),
     }
     return list(panels.items())

@@ -111,13 +111,18 @@ def test_middle_pixels_lie_on_their_tokens(P, S):
 
 
 def test_a_mask_of_a_picture():
-    values = torch.tensor([0.9, 0.8, 0.1, 0.8, 0.1, 0.1, 0.1, 0.1, 0.7])
-    whole = clicks.picture_mask(values, 0.5, [0], (3, 3), 4, 4, smooth=False)
+    alike = torch.tensor([1, 1, 0, 1, 0, 0, 0, 0, 1])
+    image = torch.zeros(3, 12, 12, dtype=torch.uint8)
+    tokens = clicks.Tokens(image, torch.eye(2)[alike], (3, 3), 4, 4, (24, 24))
+    values, t, whole = clicks.select(tokens, [(1, 1)], [], smooth=False)
+    assert values.tolist() == alike.tolist() and t == pytest.approx((4 / 9 + 1) / 2)
     assert whole.shape == (12, 12) and whole.sum() == 4 * 16
-    part = clicks.picture_mask(values, 0.5, [0], (3, 3), 4, 4, smooth=False, contiguous=True)
+    _, _, part = clicks.select(tokens, [(1, 1)], [], smooth=False, contiguous=True)
     assert part.sum() == 3 * 16 and part[:4, :8].all() and part[4:8, :4].all()
-    both = clicks.picture_mask(values, 0.5, [0, 8], (3, 3), 4, 4, smooth=False, contiguous=True)
+    _, _, both = clicks.select(tokens, [(1, 1), (23, 23)], [], smooth=False, contiguous=True)
     assert torch.equal(both, whole)
+    _, again, _ = clicks.select(tokens, [(1, 1), (2, 2)], [])          # both on one token
+    assert again == t
 
 
 # ------------------------------------------------- pixels and tokens

@@ -163,8 +163,8 @@ def test_of_channels_that_tie_the_first_wins():
     ((480, 854), 16, (480, 832)), ((480, 854), 8, (480, 832)), ((480, 854), 14, (476, 840)),
     ((854, 480), 16, (832, 480)), ((1080, 1920), 16, (480, 832)), ((480, 910), 16, (480, 896)),
     ((480, 480), 16, (480, 448)), ((10, 10), 100, (400, 400))])
-def test_working_size(frame, patch, pixels):
-    assert davis.working_size(*frame, 480, 64, patch) == pixels
+def test_frame_size(frame, patch, pixels):
+    assert davis.frame_size(*frame, 480, 64, patch) == pixels
 
 
 # ------------------------------------------------- the score
@@ -351,9 +351,7 @@ def test_scoring_names_what_is_missing(tmp_path):
     save(truth / "00001.png", np.where(mask == 0, 255, mask))           # void is background
     save(pred / "00007.png", mask)
     (pred / "._00008.png").write_bytes(b"a Macintosh wrote this")
-    found, notes = videos.score("walk", images_in(truth), pred)
-    assert notes[0] == "walk: frames without annotation, not scored: 00007"
-    assert "objects in no predicted frame, scored as empty: 4" in notes[1] and "ignored: 9" in notes[2]
+    found = videos.score("walk", images_in(truth), pred)
     assert list(found) == ["walk_1", "walk_4"]
     assert found["walk_1"]["J&F-Mean"] == 1  # right in frames 1, 2 and, empty, in 3
     assert found["walk_4"]["J-Mean"] == pytest.approx(1 / 3) == found["walk_4"]["F-Mean"]
@@ -412,7 +410,7 @@ def test_davis_2016_masks_are_understood(world, tmp_path):
         mask = np.array(Image.open(world / f"Annotations/480p/judo/{t:05d}.png")) == 1
         save(tmp_path / f"truth/{t:05d}.png", mask * np.uint8(255))
         save(tmp_path / f"pred/{t:05d}.png", mask * np.uint8(255 if t % 2 else 1))
-    found, _ = videos.score("judo", images_in(tmp_path / "truth"), tmp_path / "pred")
+    found = videos.score("judo", images_in(tmp_path / "truth"), tmp_path / "pred")
     assert found == {"judo_1": pytest.approx(dict.fromkeys(videos.NAMES, 1.0) | {"J-Decay": 0, "F-Decay": 0})}
 
 

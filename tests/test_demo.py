@@ -141,7 +141,8 @@ def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
     cells = zeroshot.picture_row(networks.vits[NAME], picture.image, CPU, args)
     assert cells[2][0].startswith("mask") and np.array_equal(a.cut, cells[2][1])
 
-    _, z, grid = networks.tokens(picture, NAME, 8 // S)
+    tokens = networks.tokens(picture, NAME, 8 // S)
+    z, grid = tokens.z, tokens.grid
     on = [token_at(p, (64, 80), (64, 80), 8, S) for p in on]
     off = [token_at(p, (64, 80), (64, 80), 8, S) for p in off]
     maps = similarity_map(z, torch.tensor([on]))
@@ -172,8 +173,8 @@ def test_background_layers_and_double_clicks(networks):
     twice = demo.answer(networks, one.add(40, 30), NAME)
     assert np.array_equal(a.mask, twice.mask)
     earlier = demo.answer(networks, one, NAME, layer=1)
-    _, z, _ = picture_tokens(networks.vits[NAME], start.picture.image, CPU, SIZE, None, -2)
-    assert torch.equal(z, networks.tokens(start.picture, NAME, 1, 1)[1]) and earlier.low != a.low
+    z = picture_tokens(networks.vits[NAME], start.picture.image, CPU, SIZE, None, -2).z
+    assert torch.equal(z, networks.tokens(start.picture, NAME, 1, 1).z) and earlier.low != a.low
     beside = demo.answer(networks, one.add(2, 2, on=False), NAME)
     assert a.mask[30, 40] and beside.mask.sum() < a.mask.sum()
 
@@ -202,7 +203,7 @@ def test_the_cache_is_bounded(networks):
     for i in (1, 0, 2, 0, 1):                                    # 2 drops 1; then 1 is computed anew
         networks.tokens(pictures[i], NAME)
     assert len(networks.calls) == 4 and len(networks.kept) == 2
-    assert networks.nbytes() == sum(x.nbytes + z.nbytes for x, z, _ in networks.kept.values()) > 0
+    assert networks.nbytes() == sum(t.image.nbytes + t.z.nbytes for t in networks.kept.values()) > 0
 
 
 def test_users_at_once(networks):

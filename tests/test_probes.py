@@ -17,7 +17,6 @@ from sklearn.metrics import f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import data
-import knn
 import probes
 from data import Subset, ToyImages
 from images import BadImage, Unreadable, centre_crop
@@ -368,4 +367,3 @@ print({"linseg", "retrieval", "zeroshot", "scenes", "davis", "torchvision", "sci
     root = Path(probes.__file__).parent
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert found.stdout.strip() == "set()", found.stdout + found.stderr
-    assert knn.knn_of is probes.knn_of

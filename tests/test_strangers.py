@@ -287,7 +287,7 @@ def test_best_stands_beside_everything(capsys):
     network = vit("vit_micro", 48, 8).eval()
     toy = ToyImages("val", 4)
     with torch.no_grad():
-        found = probes.prompt_iou(args, network, toy, [4], CPU, Namespace(names=[]))
+        found, _ = probes.prompt_iou(args, network, toy, [4], CPU)
     said = re.search(r"takes everything: ([\d.]+)", capsys.readouterr().out)
     assert 5 < float(said[1]) < 60 and found.keys() == {4}
 

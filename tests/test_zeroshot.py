@@ -3,6 +3,7 @@ clear line before any work.  With MMC_TEST_DATA also on real annotations, images
 
 import csv
 import json
+import math
 import runpy
 import sys
 
@@ -98,7 +99,7 @@ def test_a_kind_without_targets_has_a_line(capsys):
         "miou": {"0.0": 1.0},
         "auto_others": {"miou": 1.0},
         "everything_others": {"miou": 2.0},
-        **dict.fromkeys(("intra", "inter", "overlap"), None),
+        **dict.fromkeys(("intra", "inter", "overlap"), math.nan),
         **dict.fromkeys(("n_prompts", "n_categories", "n_images", "n_skipped", "images_per_s"), 0),
         "left_out": {},
     }
@@ -150,6 +151,11 @@ def test_options_beside_the_paper(tmp_path):
     assert rows[0]["metrics"]["everything"] == rows[2]["metrics"]["everything"]
 
 
+def test_centre_is_written_both_ways():
+    for word in ("center", "centre"):
+        assert zeroshot.get_args(["--ckpt", MICRO, "--toy", "--prompt", word]).prompt == "center"
+
+
 # ------------------------------------------------- pictures
 def test_kmeans_finds_what_is_apart():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 9)
@@ -188,8 +194,8 @@ def test_pictures(tmp_path, words, cells, monkeypatch):
     "words, reason",
     [
         ("--image nope.jpg", "nope.jpg"),
-        ("--toy --image x.jpg", "not 2"),
-        ("", "not 0"),
+        ("--toy --image x.jpg", "not allowed with"),
+        ("", "one of the arguments --coco --voc --toy --image is required"),
         ("--toy --stride 5", "does not divide"),
         ("--toy --upsample", "--truth pixel"),
         ("--toy --limit 0", "--limit: '0'"),
