@@ -2,6 +2,7 @@
 depends on no batch, limit or worker; the densities' overlap equals its closed form."""
 
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from scipy.stats import norm
 
 import prompts
+import run
 import scenes
 from checkpoint import load_backbone
 from data import ToyImages, generator_of
@@ -17,6 +19,7 @@ from images import normalize
 from prompts import THRESHOLDS, Protocol, network_features, prompt_table
 from run import Mistake
 from scenes import ToyScenes
+from studies import masks
 
 CPU = torch.device("cpu")
 
@@ -268,3 +271,18 @@ def test_pair_counts_equal_a_plain_loop():
     assert torch.equal(counts.sum(1), plain.sum(1))
     assert sums.tolist() == pytest.approx(total, abs=1e-4)
     assert prompts.pair_counts(z, torch.full((40,), -1))[0].sum() == 0
+
+
+# ------------------------------------------------- the study of better masks
+def test_the_study_of_masks_finds_what_a_table_finds(vit, tmp_path):
+    """Its one pass gives for each protocol what zeroshot.py gives."""
+    toy = ToyScenes(ToyImages("val", 4))
+    results = masks.measure(vit, toy, 48, CPU)
+    args = Namespace(json=tmp_path / "lines.jsonl")
+    cells = masks.column(args, "random", vit, toy, "instance", results, CPU)
+    assert len(cells) == 13 and len(run.read_lines(args.json)) == 12
+    protocol = Protocol(48, 8, target="instance", points=3, centre=True, contiguous=True)
+    found = prompt_table(network_features(vit, CPU), toy, protocol, 8).summary()
+    line = run.read_lines(args.json)[7]
+    assert line["metrics"]["miou"] == found["miou"] and line["metrics"]["auto"] == found["auto"]
+    assert cells[-1] == f"{found['everything']:.1f}"
