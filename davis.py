@@ -415,9 +415,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
 
     for mode, idle in IDLE.items():
-        for name in idle if getattr(args, mode) else []:
-            if getattr(args, name) != p.get_default(name):
-                raise Mistake(f"--{name} has no effect with --{mode}")
+        if getattr(args, mode):
+            run.refuse_idle(args, idle, f"--{mode}")
     if args.video and (args.eval_only or not args.first_mask):
         raise Mistake("give --video FOLDER with --first_mask PNG and --ckpt FILE; it is not scored")
     return args

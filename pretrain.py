@@ -337,9 +337,8 @@ def get_args(argv=None) -> argparse.Namespace:
             "of it is warm-up")
         args.warmup_epochs = args.epochs / 10
     for name, idle in IDLE.items():
-        for other in idle if getattr(args, name) == 0 else ():
-            if getattr(args, other) != p.get_default(other):
-                raise Mistake(f"--{other} has no effect with --{name} 0")
+        if getattr(args, name) == 0:
+            run.refuse_idle(args, idle, f"--{name} 0")
     return args
 
 

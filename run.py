@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
@@ -46,6 +46,17 @@ class Parser(argparse.ArgumentParser):
         defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
         found.defaults = defaults | getattr(found, "defaults", {})     # those of a sub-command come first
         return found, rest
+
+
+def changed(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of the options that are not at their default."""
+    return [name for name in names if getattr(args, name) != args.defaults[name]]
+
+
+def refuse_idle(args: argparse.Namespace, names: Iterable[str], beside: str) -> None:
+    """Raises Mistake where one of these options is given, as none of them has an effect `beside` another."""
+    for name in changed(args, names):
+        raise Mistake(f"--{name} has no effect with {beside}")
 
 
 def ranged(kind: type, allowed: Callable, words: str) -> Callable[[str], int | float]:

@@ -51,6 +51,7 @@ IDLE = {                                       # options that have no effect bes
     "voc": f"{PICTURE} crowd",
     "toy": f"{PICTURE} crowd max_bad",
 }
+OF_MASK = ("background_point", "threshold", "combine", "centre", "contiguous")
 MEANS = {
     "miou": "mean per image",
     "miou_pairs": "all prompts",
@@ -307,21 +308,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--kmeans", type=run.at_least(1), default=3, metavar="K", help="clusters of the tokens (paper 3)")
     a("--out", default="zeroshot.png", help="where the picture goes (default zeroshot.png)")
     args = p.parse_args(argv)
-    check(args, p)
+    check(args)
     return args
 
 
-def check(args: argparse.Namespace, parser: run.Parser) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises Mistake for options that do not go together."""
     for mode, idle in IDLE.items():
-        for name in idle.split() if getattr(args, mode) else []:
-            if getattr(args, name) != parser.get_default(name):
-                raise Mistake(f"--{name} has no effect with --{mode}")
+        if getattr(args, mode):
+            run.refuse_idle(args, idle.split(), f"--{mode}")
     if args.upsample and args.truth == "patch" and not args.image:
         raise Mistake("--upsample compares pixels: add --truth pixel")
-    for name in ("background_point", "threshold", "combine", "centre", "contiguous"):
-        if args.image and not args.point and getattr(args, name) != parser.get_default(name):
-            raise Mistake(f"--{name} is about the mask of a --point: give one")
+    if args.image and not args.point:
+        run.refuse_idle(args, OF_MASK, "an --image without a --point: give one")
     if args.upsample is None:
         args.upsample = bool(args.image)
 
