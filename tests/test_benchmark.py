@@ -166,6 +166,7 @@ def test_what_a_user_does_wrong_is_said_before_the_work(toy, tmp_path, more, mes
     assert not lines_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file(unbroken):
     page = (unbroken / "report.html").read_text()
     assert page.count('src="data:image/') == page.count("<img") == 10

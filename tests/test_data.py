@@ -323,6 +323,7 @@ def test_nothing_that_is_evaluated_on_is_trained_on(real_data):
         assert not known & digests(other.files), name
 
 
+@pytest.mark.slow
 def test_toy_splits_share_no_scene():
     train, val = (ToyImages(split, 300) for split in ("train", "val"))
     seen = [{source.read(i).numpy().tobytes() for i in range(300)} for source in (train, val)]

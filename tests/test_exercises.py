@@ -129,6 +129,7 @@ def test_koleo_by_hand(tmp_path):
     assert z.grad.abs().sum(1).min() > 0
 
 
+@pytest.mark.slow
 def test_mae_masks_are_whole_patches_and_grey(tmp_path):
     """By options alone: exactly 75 % of the patches, each as often as another; the patch makes them grey."""
     masking = load(patched(tmp_path / "code", "mae"), "masking")

@@ -99,6 +99,7 @@ def test_a_file_of_another_method_becomes_one_of_ours(ours, tmp_path):
 
 
 # ------------------------------------------------- programs
+@pytest.mark.slow
 def test_a_program_of_torch_export(ours, tmp_path):
     path, network = ours
     export(path, tmp_path / "out.pt2")

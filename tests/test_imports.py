@@ -72,6 +72,7 @@ def test_pretraining_loads_no_evaluation_that_it_does_not_run():
     assert "monitor" in loaded
 
 
+@pytest.mark.slow
 def test_fine_tuning_loads_no_monitor():
     loaded = loaded_by("import finetune")
     assert not loaded & {"monitor", "pretrain", "prompts", "knn", "linseg", "torchvision"}

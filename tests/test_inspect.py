@@ -77,6 +77,7 @@ OF_SPLITS = OF_CLASSES | {"probes.py knn", "probes.py layers"}
 
 
 # ------------------------------------------------- whole sets
+@pytest.mark.slow
 def test_the_toy_worlds_layouts(look, tmp_path):
     coco, can = look(write_layout(tmp_path / "coco", "coco"))
     assert can == {"zeroshot.py", "probes.py linseg"} and "NO" not in coco
@@ -100,6 +101,7 @@ def test_the_toy_worlds_layouts(look, tmp_path):
     assert can == OF_SPLITS and "train 4000 images, 10 classes" in toy
 
 
+@pytest.mark.slow
 def test_the_real_sets(look, real_data):
     said, can = look(real_data / "imagenette")
     assert can == OF_SPLITS and "train 9469 images, 10 classes" in said and "val 1500 images" in said
@@ -190,6 +192,7 @@ def test_revisited_and_mini_imagenet(look, tmp_path):
     assert "no image of n09, which --classes names" in said
 
 
+@pytest.mark.slow
 def test_the_contact_sheet(look, tmp_path):
     root = write_layout(tmp_path / "voc", "voc", 9, 9)
     said, _ = look(root, "--sheet", tmp_path / "sheet.png")
@@ -326,6 +329,7 @@ def test_wrong_words(look, tmp_path):
         assert " 2: " in text and said in text and not can
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     command = [sys.executable, "data.py", str(tmp_path)]
@@ -355,6 +359,7 @@ def thousand(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_in100_is_chosen_from_a_thousand_classes(thousand, tmp_path, capsys, monkeypatch, look):
     """In pretraining and in k-NN, each with a line that says so; list and content belong to the run."""
     chosen = data.chosen_classes("in100")

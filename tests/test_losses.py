@@ -222,6 +222,7 @@ def two_ranks(rank, ranks, folder):
     torch.save((loss.detach(), q.grad / ranks, x.grad / ranks), folder / f"{ranks}-{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     run_ranks(two_ranks, 2, tmp_path)
     two_ranks(0, 1, tmp_path)

@@ -125,6 +125,7 @@ def test_each_combination_of_losses(images, tmp_path, on):
     assert all(math.isfinite(x["loss"]) for x in steps(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_masked_anchors_same_position_and_no_norm(images, tmp_path):
     """From the same weights and crops, negatives at the same position only are a part of all negatives: the
     patch loss of the first step is smaller, the other losses are equal."""
@@ -151,6 +152,7 @@ def test_loss_falls_and_teacher_follows(images, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     """k-NN before training and after epoch 1 takes half a second each: in `seconds`, not in images_per_s."""
     def slow(*args, **kwargs):
@@ -221,6 +223,7 @@ def test_resume_is_bit_exact(images, tmp_path, unbroken, killed_at, workers, at)
     assert same(last, unbroken[0]) and steps(tmp_path) == unbroken[1]
 
 
+@pytest.mark.slow
 def test_stop_at_a_step_saves_and_goes_on_the_same(images, tmp_path, unbroken, capsys):
     with pytest.raises(SystemExit) as e:
         train(images, tmp_path, "--stop_at", "6")
@@ -228,6 +231,7 @@ def test_stop_at_a_step_saves_and_goes_on_the_same(images, tmp_path, unbroken, c
     assert same(train(images, tmp_path), unbroken[0]) and steps(tmp_path) == unbroken[1]
 
 
+@pytest.mark.slow
 def test_saves_by_rank_0s_clock(images, tmp_path, monkeypatch):
     """With --save_every 0m each step is due; the ranks hear it from rank 0, not from their own clocks."""
     real, saved = pretrain.save_run, []
@@ -251,6 +255,7 @@ def other_folders(rank, ranks, folder):
         training.claim_folder(args, set(), {"step": 6, "options": {}} if rank == 0 else None)
 
 
+@pytest.mark.slow
 def test_ranks_with_folders_of_their_own_are_refused(tmp_path):
     (tmp_path / "0").mkdir()
     run_ranks(other_folders, 2, tmp_path)
@@ -406,6 +411,7 @@ def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
             assert two[step][name] == pytest.approx(a[name], rel=2e-4), (step, name)
 
 
+@pytest.mark.slow
 def test_keep_milestones(images, tmp_path):
     train(images, tmp_path, "--keep", "1")
     kept = sorted(p.name for p in tmp_path.glob("backbone_*.pth"))
@@ -438,6 +444,7 @@ def test_mistakes_are_named(images, tmp_path, wrong, said):
     assert "\n" not in str(e.value) and not (tmp_path / "out" / "last.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_with_code_2_and_one_line(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("hello")

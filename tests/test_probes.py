@@ -261,6 +261,7 @@ def test_variance_counts_what_it_cannot_read():
 
 
 # ------------------------------------------------- layers
+@pytest.mark.slow
 def test_layers_from_a_pretraining_checkpoint(tmp_path, capsys, monkeypatch):
     vit = ViT(64, 8, 32, 2, 2)
     student = MMC(vit, hidden=32, out=8)
@@ -360,6 +361,7 @@ def test_a_users_mistake_is_named(words, match):
         run_probe("knn", "--ckpt", "random:vit_micro/8", "--data", "toy", *words.split())
 
 
+@pytest.mark.slow
 def test_a_probe_loads_what_it_needs():
     code = """import sys, probes
 probes.get_args(["knn", "--ckpt", "x", "--data", "y"])

@@ -104,6 +104,7 @@ def run(world, *more):
     probes.main(probes.get_args(argv))
 
 
+@pytest.mark.slow
 def test_published_layout_end_to_end(world, capsys):
     run(world, "--json", str(world / "r.jsonl"), "--picture", str(world / "p.png"))
     said = capsys.readouterr().out

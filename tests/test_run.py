@@ -136,6 +136,7 @@ def test_other_options_are_refused_and_new_ones_are_not(tmp_path):
         training.claim_folder(args_of(tmp_path), set(), {"step": 1, "options": "x"})
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
     training.claim_folder(args_of(tmp_path), set(), None)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from pathlib import Path\n"
@@ -208,6 +209,7 @@ def test_a_record_has_the_same_keys_everywhere(tmp_path):
     assert run.read_lines(tmp_path / "a.jsonl") == [line]
 
 
+@pytest.mark.slow
 def test_head_closing_the_pipe_does_not_end_a_script():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run; from distributed import say\n"
             "def main(args):\n    for i in range(5000): say(i)\n    sys.stderr.write('to the end')\n"

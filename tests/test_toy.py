@@ -92,6 +92,7 @@ def nearest_accuracy(train, train_labels, val, val_labels, k=10):
     return 100 * (votes.argmax(1) == val_labels).mean()
 
 
+@pytest.mark.slow
 def test_class_is_not_readable_from_colour():
     """10-NN on raw pixels at 16x16 and on joint colour histograms: under 35 % (chance 10)."""
     pixels, colours, labels = {}, {}, {}
