@@ -39,8 +39,8 @@ from training import global_lr
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
-           head_out_dim=128, drop_path=0.0, batch_size=64, epochs=6, warmup_epochs=1, lr=4e-3,
-           momentum_teacher=0.8, w_cls=0.3, num_workers=0, knn_every=2)
+           head_out_dim=128, drop_path=0.0, batch_size=32, epochs=6, warmup_epochs=1, lr=8e-3,
+           momentum_teacher=0.8, num_workers=0, knn_every=2)
 PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
         "local_crops_number": ("local_crops_size", "local_crops_scale")}
@@ -201,7 +201,7 @@ def add_method(p) -> None:
     a("--w_rec", type=number, default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
     a("--w_pat", type=number, default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
     a("--w_cls", type=number, default=1.0,
-      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's factor of 2*tau is --w_cls 0.4; toy 0.3)")
+      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's factor of 2*tau is --w_cls 0.4)")
     a("--temp", type=above(0.0), default=0.2, help="temperature of both contrasts (paper 0.2)")
     a("--patch_tokens", default="all", choices=["all", "masked"],
       help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper")
@@ -258,7 +258,7 @@ def add_training(p) -> None:
     g = p.add_argument_group("optimisation")
     a = g.add_argument
     a("--batch_size", type=at_least(2), default=48,
-      help="images per rank (paper 48; toy 64); more are more negatives, so at least 2")
+      help="images per rank (paper 48; toy 32); more are more negatives, so at least 2")
     a("--accum", type=count, default=1,
       help="batches per step, one after another: multiplies the global batch and the learning rate, not the "
            "negatives, which are those of one batch, as are the statistics of BatchNorm")
@@ -267,7 +267,7 @@ def add_training(p) -> None:
            "on a resume, it stretches the schedules")
     a("--warmup_epochs", type=number, default=10, help="linear warm-up (lineage 10; toy 1)")
     a("--lr", type=number, default=5e-4,
-      help="learning rate per 256 images of global batch (lineage 5e-4; toy 4e-3)")
+      help="learning rate per 256 images of global batch (lineage 5e-4; toy 8e-3)")
     a("--min_lr", type=number, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
     a("--weight_decay", type=number, default=0.04,
       help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")

@@ -52,9 +52,10 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "head norm none": "--head_norm none",
         "4 local crops": "--local_crops_number 4 --local_crops_size 24",
         "10 local crops": "--local_crops_number 10 --local_crops_size 24",
-        "factor 2 tau": "--w_pat 0.4 --w_cls 0.12",        # of the toy's 1 and 0.3
-        "w_cls 1": "--w_cls 1",
+        "factor 2 tau": "--w_pat 0.4 --w_cls 0.4",
+        "w_cls 0.3": "--w_cls 0.3",
         "w_pat 3": "--w_pat 3",
+        "batches of 64": "--batch_size 64 --lr 4e-3",
     },
 }
 PAPER = {  # Table 4: k-NN CLS / k-NN PAT / fine-tuned (ViT-S, ImageNet-100, 200 epochs)
@@ -135,8 +136,10 @@ def evaluate(work: Path, seed: int, args: argparse.Namespace) -> dict:
 
 # ------------------------------------------------- table and curves
 def by_variant(rows: list[dict], study: str) -> dict[str, list[dict]]:
-    """The lines of each variant that has any, in the order of the study."""
-    groups = {name: [row for row in rows if row["variant"] == name] for name in STUDIES[study]}
+    """The lines of each variant that has any, in the order of the study; variants that it had before last."""
+    groups = {name: [] for name in STUDIES[study]}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
     return {name: mine for name, mine in groups.items() if mine}
 
 

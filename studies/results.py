@@ -248,8 +248,13 @@ cls, and to rec + cls.
 k-NN of 111 over its epochs:
 
 {curve_table(first)}
-**The toy world**, `python -m studies.ablation --out results/toy --seeds 0 1 2`; each seed has a world and
-weights of its own:
+**The first command**: `python pretrain.py --seed S`, the toy world with the paper's weights and batches of
+32; each seed has a world and weights of its own (`results/toy_32`):
+
+{study('toy_32')}
+**Which loss does what, on the toy world**, with the settings that it had before, batches of 64 and a lower
+weight of Eq. (3): `python -m studies.ablation --out results/toy --seeds 0 1 2 -- --batch_size 64 --lr 4e-3
+--w_cls 0.3`:
 
 {study('toy')}
 ![k-NN over the epochs](../results/toy/curves.png)
@@ -258,11 +263,12 @@ With each seed pat lifts the prompt IoU, both of cls and of rec + cls. rec alone
 separate objects and learn no class. cls without pat makes the patches of an image alike, so that its IoU
 is below the untrained one's.
 
-The toy's settings have `--w_cls 0.3`. **With the paper's weight**, `--seeds 0 1 -- --w_cls 1`:
+**With the paper's weight** and batches of 64, `--seeds 0 1 -- --batch_size 64 --lr 4e-3`:
 
 {study('toy_w_cls_1')}
-**Decisions that the paper leaves open**, one at a time from the toy's settings, `python -m
-studies.ablation --study decisions --out results/toy_decisions --seeds 0 1`:
+**Decisions that the paper leaves open**, one at a time from batches of 64 and `--w_cls 0.3`, `python -m
+studies.ablation --study decisions --out results/toy_decisions --seeds 0 1 -- --batch_size 64 --lr 4e-3
+--w_cls 0.3`:
 
 {study('toy_decisions')}
 Heads without BatchNorm, local crops, masked anchors and `--w_pat 3` keep the class from being learned, or

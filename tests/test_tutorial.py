@@ -113,10 +113,11 @@ def test_other_numbers():
          f"`vit_micro` is {ARCHS['vit_micro'][0]}")
     for m in (0.996, 0.8):
         assert f"{math.log(2) / -math.log(m):.0f} steps for the " in PROSE
-    says("Eq. (3) counts 0.6", "negatives from 6 places")
-    assert "--w_cls 0.6 --patch_negatives 6" in TEXT
+    toy_run = pretrain.get_args([])
+    says(f"batches of {toy_run.batch_size} images", "the paper's, one each")
+    assert toy_run.w_rec == toy_run.w_pat == toy_run.w_cls == 1
     assert pretrain.TOY["momentum_teacher"] == 0.8 and paper.temp == 0.2
-    assert 248 == 4 * (4000 // pretrain.TOY["batch_size"]) and "steps=248" in TEXT
+    assert 750 == toy_run.epochs * (4000 // toy_run.batch_size) and "steps=750" in TEXT
     says(f"each of the {ARCHS[pretrain.TOY['arch']][1]} blocks", "exp(cosine / 0.07)", "with 3 clusters")
     state = torch.load(ROOT / "mmc.pth", weights_only=True)
     says(f"The {state['arch']['num_heads']} heads of `mmc.pth`")
