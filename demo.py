@@ -16,6 +16,7 @@ Shapes: N = h*w tokens, D width, H x W pixels of the picture as shown, H' x W' a
 import hashlib
 import io
 import os
+import re
 import threading
 import time
 from functools import partial
@@ -386,7 +387,7 @@ def default_ckpt(folder: str = "out") -> str:
 def new_name(path: str, taken) -> str:
     """out/vit_s/backbone.pth -> vit_s/backbone, dino.pth -> dino, the second of a name -> dino (2)."""
     name = short_name(path)
-    same = sum(other.startswith(name) for other in taken)
+    same = sum(re.sub(r" \(\d+\)$", "", other) == name for other in taken)
     return f"{name} ({1 + same})" if same else name
 
 

@@ -53,6 +53,8 @@ def patch_contrast(
     B, N, C = k.shape
     if anchors is None:
         anchors = torch.arange(B * N, device=q.device)
+    if len(anchors) == 0:                                              # no patch was damaged enough
+        return q.sum() * 0.0
     if negatives == "position":
         logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau               # (A, B)
         return F.cross_entropy(logits, anchors // N)

@@ -28,7 +28,7 @@ from masking import GMML, draw_corruption, gmml
 from model import MMC, ViT, patchify, unpatchify
 from run import Mistake
 from scenes import ToyScenes
-from training import Guard, bad_names
+from training import Guard, bad_names, warmup_epochs
 
 MOST_TRAIN, MOST_VAL, SCENES = 50_000, 10_000, 200                     # images of k-NN, scenes of prompt IoU
 NAMES = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU"}
@@ -118,7 +118,7 @@ class Monitor(Guard):
 
     def log(self, step: int) -> dict[str, float]:
         means = super().log(step)
-        if step > self.args.warmup_epochs * self.steps_per_epoch:
+        if step > warmup_epochs(self.args) * self.steps_per_epoch:
             self.watch_collapse(step, means)
         return means
 
@@ -186,7 +186,9 @@ class Monitor(Guard):
         """Evaluate, write results.json, and say in one line what came out."""
         super().finish()
         seconds = self.seconds()
-        results = self.evaluate(self.args.epochs)
+        there = [line for line in self.evaluations() if line["epoch"] == self.args.epochs]
+        results = {k: there[-1][k] for k in NAMES if k in there[-1]} if there else {}
+        results = results or self.evaluate(self.args.epochs)
         if not is_main():
             return
         untrained = next((line for line in self.evaluations() if line["epoch"] == 0), {})
@@ -259,7 +261,8 @@ class Monitor(Guard):
             found = {}
             for name, z in tokens.items():
                 maps, auto = clicks.prompt_maps(z[row], torch.tensor([[at]]))
-                found[name] = maps[0], auto.item() if self.threshold == "auto" else self.threshold
+                t = auto.item() if self.threshold == "auto" else self.threshold
+                found[name] = (maps[0], t)
             low = min(values.min().item() for values, _ in found.values())
             for name, (values, threshold) in found.items():
                 similarity = self.enlarged(values.view(1, g, g))[0]

@@ -34,7 +34,7 @@ from masking import GMML, Augmentation, Colours, MultiCrop, colour, gmml
 from model import ALIASES, ARCHS, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
 from monitor import Monitor, similarities, test_images
 from run import Mistake, above, at_least, between, count, number, plural, share
-from training import global_lr
+from training import global_lr, warmup_epochs
 
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
@@ -43,6 +43,7 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            momentum_teacher=0.8, num_workers=0, knn_every=2)
 PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
+        "w_cls": ("local_crops_size", "local_crops_scale"),
         "local_crops_number": ("local_crops_size", "local_crops_scale")}
 MAY_CHANGE = {"epochs", "knn_every", "keep", "data_root", "download", "val_data", "compile", "checkpointing"}
 
@@ -71,15 +72,16 @@ def view_by_view(x: Tensor) -> Tensor:
 def prepare(batch: dict, args, device: torch.device) -> Inputs:
     """Colour and corrupt the crops of a batch on the device.  Each view is corrupted by itself, so that alien
     pixels never come from the same image."""
-    def coloured(name: str, crops: slice) -> Tensor:                   # colours: views first, then local
-        draws = Colours(*(view_by_view(x[:, crops]) for x in batch["colours"]))
-        return colour(view_by_view(to_device(batch[name], device)), draws)
+    def coloured(name: str, crops: slice) -> Tensor:
+        fields = [view_by_view(field[:, crops]) for field in batch["colours"]]
+        pixels = view_by_view(to_device(batch[name], device))
+        return colour(pixels, Colours(*fields))                        # which stay on the CPU
 
-    clean = coloured("views", slice(0, 2))
+    clean = coloured("views", slice(0, 2))                             # colours: views first, then local
     local = coloured("local", slice(2, None)) if "local" in batch else None
 
-    mask = to_device(batch["corruption"].mask, device)                 # (B, V, S, S)
     draws = batch["corruption"]
+    mask = to_device(draws.mask, device)                               # (B, V, S, S)
     corrupted = []
     for v, view in enumerate(clean.chunk(2)):
         corrupted.append(gmml(view, mask[:, v], draws.alien[:, v], draws.noise_seed[:, v]))
@@ -127,15 +129,16 @@ def mmc_losses(out: dict, target: dict, inputs: Inputs, args) -> dict[str, Tenso
 def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args, device, first: int) -> None:
     """The loop.  `step` counts over the whole run; everything random is seeded by it, or by the image."""
     last = args.epochs * batches.per_epoch
-    lr = cosine_schedule(global_lr(args), args.min_lr, last, round(args.warmup_epochs * batches.per_epoch))
+    warmup = round(warmup_epochs(args) * batches.per_epoch)
+    lr = cosine_schedule(global_lr(args), args.min_lr, last, warmup)
     momentum = cosine_schedule(args.momentum_teacher, 1.0, last)
 
-    for step, parts in monitor.steps(batches.steps(first, last), first, last):
+    for step, of_step in monitor.steps(batches.steps(first, last), first, last):
         torch.manual_seed(seed_of(args.seed, "drop_path", step, rank()))
         optimizer.zero_grad()
         values = {}
-        for batch in parts:                                            # --accum of them, each as if alone
-            student.require_backward_grad_sync = batch is parts[-1]    # of DDP: join gradients once a step
+        for batch in of_step:                                          # --accum of them, each as if alone
+            student.require_backward_grad_sync = batch is of_step[-1]  # of DDP: join gradients once a step
             inputs = prepare(batch, args, device)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -153,7 +156,7 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
 
         values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad or math.inf)
         rates = {"lr": lr[step], "momentum": momentum[step]}
-        monitor.check(step, values, rates, parts)                      # ends all ranks on NaN
+        monitor.check(step, values, rates, of_step)                    # ends all ranks on NaN
 
         for group in optimizer.param_groups:
             group["lr"] = lr[step]
@@ -335,7 +338,6 @@ def get_args(argv=None) -> argparse.Namespace:
     if args.warmup_epochs > args.epochs:
         say(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs: a tenth "
             "of it is warm-up")
-        args.warmup_epochs = args.epochs / 10
     for name, idle in IDLE.items():
         if getattr(args, name) == 0:
             run.refuse_idle(args, idle, f"--{name} 0")
@@ -347,8 +349,10 @@ def networks(args, device: torch.device) -> tuple[MMC, MMC]:
     """Student and teacher as they begin."""
     torch.manual_seed(args.seed)
     backbone = vit(args.arch, args.global_crops_size, args.patch_size, drop_path=args.drop_path)
-    student = MMC(backbone, args.w_rec > 0, args.w_pat > 0, args.w_cls > 0, args.head_hidden_dim,
-                  args.head_out_dim, args.head_norm == "bn")
+    student = MMC(
+        backbone, rec=args.w_rec > 0, pat=args.w_pat > 0, cls=args.w_cls > 0,
+        hidden=args.head_hidden_dim, out=args.head_out_dim, head_norm=args.head_norm == "bn",
+    )
     if device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device)
@@ -363,23 +367,29 @@ def networks(args, device: torch.device) -> tuple[MMC, MMC]:
 def crops(args) -> MultiCrop:
     """What the loader's workers do to an image."""
     local = args.local_crops_number if args.w_cls else 0               # only Eq. (3) reads local crops
-    augmentation = Augmentation(args.global_crops_size, args.global_crops_scale, local, args.local_crops_size,
-                                args.local_crops_scale, args.flip, args.jitter, 0.8, args.grey, args.blur,
-                                args.blur_sigma, args.solarize)
-    corruption = GMML(args.noise_p, args.drop_perc, args.drop_replace, args.drop_block, args.drop_align,
-                      args.even_blocks)
+    augmentation = Augmentation(
+        global_size=args.global_crops_size, global_scale=args.global_crops_scale,
+        local_number=local, local_size=args.local_crops_size, local_scale=args.local_crops_scale,
+        flip=args.flip, jitter=args.jitter, grey=args.grey,
+        blur=args.blur, blur_sigma=args.blur_sigma, solarize=args.solarize,
+    )
+    corruption = GMML(
+        noise_p=args.noise_p, drop_perc=args.drop_perc, drop_replace=args.drop_replace,
+        block=args.drop_block, align=args.drop_align, even=args.even_blocks,
+    )
     return MultiCrop(augmentation, corruption, args.patch_size)
 
 
-def describe(args, batches: Batches, block: int) -> str:
+def describe(args, batches: Batches, transform: MultiCrop) -> str:
     """The launch line."""
+    local = transform.augmentation.local_number
     accum = f" x {args.accum}" if args.accum > 1 else ""
     ranks = f"{world_size()} ranks x " if world_size() > 1 else ""
-    return (f"{args.arch}/{args.patch_size} at {args.global_crops_size} px, {args.local_crops_number} local "
+    return (f"{args.arch}/{args.patch_size} at {args.global_crops_size} px, {local} local "
             f"crops; {plural(args.epochs, 'epoch')} of {plural(batches.per_epoch, 'step')} of "
             f"{ranks}{args.batch_size}{accum} images in {args.precision}, lr {global_lr(args):.2e}\n"
             f"[D] anchors {args.patch_tokens}, negatives {args.patch_negatives} of this rank, head norm "
-            f"{args.head_norm}, blocks of up to {block} px aligned to {args.drop_align}")
+            f"{args.head_norm}, blocks of up to {transform.largest_block} px aligned to {args.drop_align}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -395,14 +405,14 @@ def main(args: argparse.Namespace) -> None:
     transform = crops(args)
     batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
                       pin=device.type == "cuda")
-    say(describe(args, batches, transform.largest_block))
+    say(describe(args, batches, transform))
 
     student, teacher = networks(args, device)
     untrained = copy.deepcopy(teacher.backbone)
     groups = param_groups(student, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
-    parts = {"student": student, "teacher": teacher}
-    first = training.resume(args, MAY_CHANGE, parts, optimizer)
+    by_name = {"student": student, "teacher": teacher}
+    first = training.resume(args, MAY_CHANGE, by_name, optimizer)
 
     save = partial(save_run, args, student, teacher, optimizer, batches.per_epoch)
     monitor = Monitor(args, images, val, device, batches.per_epoch, save, student, teacher, untrained)

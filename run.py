@@ -102,9 +102,10 @@ SHARED = {  # options that several scripts have
     "ckpt": dict(nargs="+", required=True, help="checkpoints of any method, or random:ARCH/PATCH, untrained"),
     "checkpoint_key": dict(help="take the weights of this name in the file, and not the teacher's"),
     "num_heads": dict(type=count, help="attention heads, where the file does not tell"),
-    "data": dict(required=True, help="folder with train/ and val/ of class folders, 'toy', or cifar10, "
-                 "cifar100, stl10, flowers102, pets, cars, aircraft"),
-    "val_data": dict(help="folder of the test images, if it is not beside the train images"),
+    "data": dict(type=os.path.normpath, required=True, help="folder with train/ and val/ of class folders, "
+                 "'toy', or cifar10, cifar100, stl10, flowers102, pets, cars, aircraft"),
+    "val_data": dict(type=os.path.normpath, help="folder of the test images, if it is not beside those of "
+                     "--data"),
     "classes": dict(metavar="FILE", help="these classes only: a file with a folder name a line, or in100"),
     "data_root": dict(default="data", help="where torchvision keeps its sets"),
     "download": dict(action="store_true", help="let torchvision download the set"),
@@ -113,7 +114,7 @@ SHARED = {  # options that several scripts have
     "max_bad": dict(type=share, default=0.01, help="largest share of unreadable images"),
     "size": dict(type=count, help="pixels of a side"),
     "limit": dict(type=count, help="only the first images"),
-    "seed": dict(type=int, default=0, help="of everything random"),
+    "seed": dict(type=between(0, 2 ** 63 - 1), default=0, help="of everything random"),
     "device": dict(default="auto", help="auto (cuda, then mps, then cpu) or a name that torch knows"),
     "precision": dict(default="fp32", choices=["auto", "fp32", "bf16"], help="auto: bf16 where it is faster"),
     "json": dict(metavar="FILE", help="append the result to this file, one JSON line per checkpoint"),

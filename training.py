@@ -30,6 +30,13 @@ def global_lr(args) -> float:
     return args.lr * args.batch_size * args.accum * world_size() / 256
 
 
+def warmup_epochs(args) -> float:
+    """--warmup_epochs, or a tenth of a run that is shorter than that."""
+    if args.warmup_epochs > args.epochs:
+        return args.epochs / 10
+    return args.warmup_epochs
+
+
 def on_all_ranks(model: nn.Module, device: torch.device) -> nn.Module:
     """The model itself, or with several ranks one that takes the mean of their gradients."""
     if world_size() == 1:
