@@ -43,7 +43,6 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            momentum_teacher=0.8, num_workers=0, knn_every=2)
 PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
-        "w_cls": ("local_crops_size", "local_crops_scale"),
         "local_crops_number": ("local_crops_size", "local_crops_scale")}
 MAY_CHANGE = {"epochs", "knn_every", "keep", "data_root", "download", "val_data", "compile", "checkpointing"}
 

@@ -191,6 +191,15 @@ def test_losses_are_float32_whatever_comes_in():
     assert global_contrast(big, big, TAU).isfinite()
 
 
+@pytest.mark.parametrize("negatives", ["others", "position", 2])
+def test_without_an_anchor_there_is_nothing_to_learn(negatives):
+    q = torch.zeros(0, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    loss = patch_contrast(q, torch.randn(2, 4, 8), 0.2, none, negatives)
+    loss.backward()
+    assert loss == 0 and q.grad.shape == (0, 8)
+
+
 def test_mean_cosines_equal_the_matrix():
     q = torch.randn(12, 8)
     k = torch.randn(3, 4, 8)

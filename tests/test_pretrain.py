@@ -411,6 +411,25 @@ def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
             assert two[step][name] == pytest.approx(a[name], rel=2e-4), (step, name)
 
 
+def test_a_run_may_be_longer_after_its_warmup_was_cut(images, tmp_path, capsys):
+    train(images, tmp_path, "--epochs", "1", "--warmup_epochs", "10")
+    assert "a tenth of it is warm-up" in capsys.readouterr().out
+    assert train(images, tmp_path, "--epochs", "2", "--warmup_epochs", "10")["step"] == 12
+    assert "--epochs 1 -> 2" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_evaluated_twice(images, tmp_path):
+    for split in ("train", "val"):
+        for i, image in enumerate(sorted(images.glob("*.png"))):
+            folder = tmp_path / "data" / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / image.name).symlink_to(image)
+    for _ in range(2):
+        train(tmp_path / "data", tmp_path / "out", "--epochs", "1")
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "knn_cls" in line] == [0, 1]
+
+
 @pytest.mark.slow
 def test_keep_milestones(images, tmp_path):
     train(images, tmp_path, "--keep", "1")

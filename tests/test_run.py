@@ -119,6 +119,16 @@ def test_files_to_write_are_tried_first(tmp_path):
     assert not (tmp_path / "fine.json").exists()
 
 
+def test_a_folder_is_the_same_with_a_slash_at_its_end():
+    p = run.Parser()
+    run.add_shared(p, "data val_data seed")
+    args = p.parse_args(["--data", "photos/", "--val_data", "./val"])
+    assert (args.data, args.val_data) == ("photos", "val")
+    for seed in ("-1", str(2 ** 63), "1.5"):
+        with pytest.raises(Mistake, match="--seed"):
+            p.parse_args(["--data", "x", f"--seed={seed}"])
+
+
 # ---- the folder of a run ----
 
 def test_other_options_are_refused_and_new_ones_are_not(tmp_path):
