@@ -4,8 +4,9 @@
         --imagenette imagenette --out out/benchmark                    # --quick: minutes, on small subsets
     torchrun --nproc_per_node=8 benchmark.py ...                       # the ranks share out the measurements
 
-The evaluations are those of the scripts, with their protocols.  Written to OUT: results.jsonl, the lines
-that the scripts' --json has; report.md; report.html, one file with all pictures.
+The evaluations are those of the scripts, with their protocols; Tables 4 and 7 (studies.ablation, finetune.py)
+and Fig. 9 (probes.py layers) are not among them.  Written to OUT: results.jsonl, the lines that the scripts'
+--json has; report.md; report.html, one file with all pictures.
 The same command goes on after an interruption: what results.jsonl has, with the same weights, images and
 protocol, is not done again.  A measurement that a checkpoint is not fit for is left out, and the report says
 why.  The ranks of torchrun do not wait for each other; the last to end has written the whole report.

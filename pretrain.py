@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=4 pretrain.py --arch vit_b --data /imagenet/train --output_dir out/vit_b
 
 Writes to --output_dir: last.pth (everything; the same command goes on from it), backbone.pth (the teacher's
-ViT alone, for the evaluations), log.jsonl, run.json (options), and at each evaluation curves.png, result.png
-and results.json.  A run stopped by a signal finishes its step, saves and exits with code 75.  Where the paper
-is silent or contradicts itself the choice is an option, marked [D] in its help.
+ViT alone, for the evaluations), log.jsonl, run.json (options), at each evaluation curves.png and result.png,
+at the end results.json.  A run stopped by a signal finishes its step, saves and exits with code 75.  Where
+the paper is silent or contradicts itself the choice is an option: docs/FAITHFULNESS.md has all, and [D] in
+the help marks our own decisions on losses, heads and blocks.
 
 Shapes: B images per rank, V = 2 global views, L local crops, N patches, P patch size, S pixels of a side,
 C width of the contrastive space, M patches with corrupted pixels, A anchors."""

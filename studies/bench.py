@@ -27,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 import run
+import training
 from data import generator_of
 from images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from losses import patch_contrast
-from model import ema_update, vit
+from model import ARCHS, ema_update, vit
 from run import at_least
 
 
@@ -330,7 +331,7 @@ def get_args(argv=None):
     p = run.Parser(description=__doc__)
     a = p.add_argument
     a("--only", nargs="+", choices=list(PARTS), help="these parts (default: all)")
-    a("--arch", default="vit_s", help="vit_micro, vit_t, vit_s, vit_b")
+    a("--arch", default="vit_s", help=f"{', '.join(ARCHS)} (default: %(default)s)")
     a("--patch_tokens", default="all", choices=["all", "masked"], help="anchors of Eq. (2)")
     a("--local", type=at_least(0), default=0, help="local crops of 96 pixels")
     a("--rounds", type=at_least(1), default=5, help="timed calls of each form")
@@ -350,7 +351,7 @@ def main(args) -> None:
     found = {name: PARTS[name](args, device, peaks) for name in args.only or PARTS}
     run.append_json(args.json, {
         "eval": "bench", "torch": torch.__version__, "device": device.type, "commit": run.commit(),
-        "threads": torch.get_num_threads(), "peaks": peaks, "options": run.options_of(args), **found})
+        "threads": torch.get_num_threads(), "peaks": peaks, "options": training.options_of(args), **found})
 
 
 if __name__ == "__main__":

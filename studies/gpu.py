@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 import pretrain
 import run
+import training
 from data import ImageFolder, Views, init_worker
 from run import above, at_least
 from studies.bench import Step, clock, matmul_peak
@@ -201,7 +202,7 @@ def main(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     found = {"eval": "gpu", "device": name, "torch": torch.__version__, "commit": run.commit(),
-             "options": run.options_of(args), "peak": matmul_peak(device, torch.bfloat16)}
+             "options": training.options_of(args), "peak": matmul_peak(device, torch.bfloat16)}
     workers = len(os.sched_getaffinity(0))
 
     def note(key: str, form) -> None:

@@ -166,7 +166,7 @@ def headlines(lines: list[dict]) -> str:
 
 
 # ------------------------------------------------- the run on a GPU
-def epochs_table(log: list[dict], every: int) -> str:
+def epochs_table(log: list[dict]) -> str:
     """k-NN and losses of the epochs that were evaluated, and of the last step."""
     steps = [line for line in log if "step" in line]
     rows = []
@@ -199,7 +199,7 @@ imagenette at 112 px for {about['seconds']['pretraining']:.0f} s, {training['sec
 epoch. The run was planned for {training['epochs']} epochs and ended with its time. k-NN on the 1,500
 validation images, k = 10, in %; the losses are means over the last steps before it:
 
-{epochs_table(lines_of('gpu/log.jsonl'), 20)}
+{epochs_table(lines_of('gpu/log.jsonl'))}
 Images per second of pretraining at 224 px, bf16, generated images:
 
 {throughput_table(about['throughput'])}"""

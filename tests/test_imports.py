@@ -1,6 +1,8 @@
 """Proves: imports are flat and point down only; a script loads what it needs and nothing else; the core needs
-nothing beyond its packages; help comes fast because torchvision is loaded only where it is used."""
+nothing beyond its packages; help comes fast because torchvision is loaded only where it is used; what a file
+takes of another of ours is there."""
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,21 @@ def test_imports_point_down(name):
 def test_the_core_needs_its_packages_only(name):
     outside = imports(ROOT / f"{name}.py", lazy=True) - OURS - set(sys.stdlib_module_names)
     assert outside <= PACKAGES | OPTIONAL.get(name, set()), f"{name} imports {sorted(outside)}"
+
+
+@pytest.mark.parametrize("folder", ["", "studies", "docs/tutorial"])
+def test_what_is_taken_of_a_module_is_there(folder):
+    """module.name, of our modules that a file imports whole."""
+    missing = []
+    for path in (ROOT / folder).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+        ours = {alias.name for node in plain for alias in node.names if not alias.asname} & OURS
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+                if not hasattr(importlib.import_module(node.value.id), node.attr):
+                    missing.append(f"{path.name}: {node.value.id}.{node.attr}")
+    assert not missing
 
 
 def loaded_by(statement: str) -> set[str]:
