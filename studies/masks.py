@@ -32,13 +32,14 @@ CLICKS = (1, 3, 5)
 TARGETS = {"class": "class", "instance": "object"}                     # as options say it, as tables do
 
 
-def measure(vit: ViT, scenes: Scenes, size: int, device: torch.device) -> dict[tuple[str, int], Result]:
+def measure(vit: ViT, scenes: Scenes, size: int, device: torch.device,
+            seed: int = 0) -> dict[tuple[str, int], Result]:
     """The result of each (way, number of clicks)."""
     P = vit.patch_size
     results = {}
     for clicks in CLICKS:
         for way, options in WAYS.items():
-            protocol = Protocol(size, P, points=clicks, **options)
+            protocol = Protocol(size, P, points=clicks, seed=seed, **options)
             unreadable = Unreadable(len(scenes), 0.01)
             results[way, clicks] = Result(protocol, scenes, Counter(scenes.left_out), unreadable)
 
@@ -75,9 +76,11 @@ def column(args, ckpt: str, vit: ViT, scenes: Scenes, target: str, results: dict
 
 def get_args(argv=None):
     p = run.Parser(description=__doc__)
-    run.add_shared(p, "ckpt checkpoint_key num_heads size json device", size=480)
-    p.add_argument("--coco", metavar="DIR", help="COCO, val2017")
-    p.add_argument("--voc", metavar="DIR", help="VOCdevkit, val")
+    run.add_shared(p, "ckpt checkpoint_key num_heads size seed json device", size=480)
+    p.add_argument("--coco", metavar="DIR", help="COCO")
+    p.add_argument("--voc", metavar="DIR", help="VOCdevkit")
+    p.add_argument("--train", action="store_true", help="on their train images, to choose constants, and not "
+                   "on val")
     p.add_argument("--toy", action="store_true", help="200 generated scenes, where the truth is exact")
     return p.parse_args(argv)
 
@@ -86,9 +89,9 @@ def main(args) -> None:
     device = run.begin(args, one_process=True)
     sets = []
     if args.coco:
-        sets.append(Coco(args.coco))
+        sets.append(Coco(args.coco, "train2017" if args.train else "val2017"))
     if args.voc:
-        sets.append(Voc(args.voc))
+        sets.append(Voc(args.voc, "train" if args.train else "val"))
     if args.toy:
         sets.append(ToyScenes(data.ToyImages("val", 200)))
     for ckpt in args.ckpt:
@@ -97,7 +100,7 @@ def main(args) -> None:
         heads = ["clicks", ""]
         rows = [[str(clicks), way] for clicks in CLICKS for way in WAYS] + [["", "everything"]]
         for scenes in sets:
-            results = measure(vit, scenes, size, device)
+            results = measure(vit, scenes, size, device, args.seed)
             for target, word in TARGETS.items():
                 heads.append(f"{scenes.title} {word}")
                 cells = column(args, ckpt, vit, scenes, target, results, device)
