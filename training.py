@@ -66,6 +66,9 @@ def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: t
             raise Mistake(f"{path}: its run trained other weights; give another --output_dir")
         checkpoint.restore(path, [(part, last[name]) for name, part in parts.items()])
         optimizer.load_state_dict(stored | {"param_groups": groups})
+        if args.stop_at and last["step"] >= args.stop_at:
+            raise Mistake(f"--stop_at {args.stop_at}: {path} is at step {last['step']} already; give a "
+                          "larger one, or another --output_dir")
         say(f"going on from {path}, step {last['step']}")
         before = last["options"].get("epochs")
         if before != getattr(args, "epochs", None):
@@ -260,7 +263,7 @@ class Guard:
         """Log, save, evaluate, and only then stop where a signal asked for it.  step: steps done so far."""
         self.bar.update()
         epoch, rest = divmod(step, self.steps_per_epoch)
-        if step % self.args.log_every == 0 or rest == 0:
+        if step % self.args.log_every == 0 or rest == 0 or step == self.args.stop_at:
             self.log(step)
         due = rest == 0 or self.save_asked or step % self.save_steps == 0
         last = step in (self.args.stop_at, self.last)
@@ -273,9 +276,10 @@ class Guard:
             self.end_epoch(epoch)
         if self.stopping or step == self.args.stop_at:
             self.bar.close()
-            why = "a signal" if self.stopping else "--stop_at"
-            end(f"stopped by {why} after step {step}, saved; start the same command again to go on",
-                run.STOPPED, together=True)
+            why, how = "--stop_at", "a larger --stop_at, or none, goes on"
+            if self.stopping:
+                why, how = "a signal", "start the same command again to go on"
+            end(f"stopped by {why} after step {step}, saved; {how}", run.STOPPED, together=True)
 
     def log(self, step: int) -> dict[str, float]:
         """Means over the ranks, to log.jsonl and the progress bar.  Returns them."""

@@ -348,9 +348,10 @@ mmc.pth: 1.9 million parameters, 66 epochs on imagenette without labels. All net
 where patches are compared, at 112 px elsewhere. *Paper*, on whole sets: ViT-B for mIoU on COCO, ViT-S for
 k-NN and DAVIS; for O it names no architecture.
 
-{headlines(lines)}""", f"""Better masks from the same click, with 1, 3 and 5 clicks: [MASKS.md](MASKS.md). There, interpolating the
-similarity to pixels is what sharpens edges; half a patch as stride gains at most 0.6 points of IoU and 4.9
-of boundary F on top of that, for four times the tokens, so no further step was built.
+{headlines(lines)}""", f"""Better masks from the same click, with 1, 3 and 5 clicks: [MASKS.md](MASKS.md).
+There, interpolating the similarity to pixels is what sharpens edges; half a patch as stride gains at most
+0.6 points of IoU and 4.9 of boundary F on top of that, for four times the tokens, so no further step was
+built.
 
 ## Every table
 

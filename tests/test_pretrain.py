@@ -411,6 +411,14 @@ def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
             assert two[step][name] == pytest.approx(a[name], rel=2e-4), (step, name)
 
 
+def test_a_second_trial_in_a_folder_does_not_train_past_its_stop(images, tmp_path, capsys):
+    for _ in range(2):
+        with pytest.raises((SystemExit, Mistake)) as e:
+            train(images, tmp_path, "--stop_at", "2", "--log_every", "10")
+    assert "--stop_at 2: " in str(e.value) and "is at step 2 already" in str(e.value)
+    assert list(steps(tmp_path)) == [2], "the last step is logged"
+
+
 def test_a_run_may_be_longer_after_its_warmup_was_cut(images, tmp_path, capsys):
     train(images, tmp_path, "--epochs", "1", "--warmup_epochs", "10")
     assert "a tenth of it is warm-up" in capsys.readouterr().out
