@@ -79,7 +79,7 @@ def find(lines: list[dict], eval: str, ckpt: str, data: str, size: int | None = 
     found = {}
     for line in lines:
         same = (line["eval"], line["ckpt"], line["data"]) == (eval, ckpt, data)
-        if same and size in (None, line["protocol"]["size"]):
+        if same and size in (None, line["protocol"].get("size")):
             found = line["metrics"]
     return found
 
