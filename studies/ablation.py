@@ -11,7 +11,7 @@ has the paper's name, three digits for rec, cls, pat in this order: 110 is rec +
 What follows `--` goes to pretrain.py, the same for all variants.  Each finished run is a line of
 OUT/results.jsonl; the same command leaves out what is there, and goes on with a run that was cut off.  The
 weights are kept in --work.  OUT/table.md and OUT/curves.png are drawn anew after each run.  One on the toy
-world takes 4 to 7 minutes on two CPU cores; results/toy/table.md shows what to expect."""
+world takes about 5 minutes on two CPU cores; results/toy/table.md shows what to expect."""
 import argparse
 import json
 import shlex
