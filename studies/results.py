@@ -250,8 +250,8 @@ cls, and to rec + cls.
 k-NN of 111 over its epochs:
 
 {curve_table(first)}
-**The first command**: `python pretrain.py --seed S`, the toy world with the paper's weights and batches of
-32; each seed has a world and weights of its own (`results/toy_32`):
+**The first command**: `python pretrain.py --seed 0` (then 1, 2), the toy world with the paper's weights and
+batches of 32; each seed has a world and weights of its own (`results/toy_32`):
 
 {study('toy_32')}
 **Which loss does what, on the toy world**, with the settings that it had before, batches of 64 and a lower
