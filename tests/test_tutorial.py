@@ -154,6 +154,7 @@ def run_python(code: str) -> None:
 
 
 def run_command(line: str) -> None:
+    line = re.sub(r"\\\n *", "", line)                                # a command on two lines
     module, rest = re.fullmatch(r"python (?:-m )?([\w.]+?)(?:\.py)?( .*)", line).groups()
     argv = shlex.split(rest + " " + SMALL.get(module, ""))
     script = importlib.import_module(module)
