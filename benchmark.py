@@ -20,6 +20,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,15 +287,16 @@ def planned(args, job: Job, network: Network, seed: int) -> argparse.Namespace |
     return None if drawn and is_there(job, network, own) else own
 
 
-def seconds_of(network: Network, images: int, side: int, device: torch.device) -> float:
-    """About how long that many images will take, from one that is timed."""
+@cache
+def seconds_of(network: Network, side: int, device: torch.device) -> float:
+    """About how long an image of this size takes; timed once for all jobs."""
     side = zeroshot.working_size(side, network.vit.patch_size)
     x = torch.zeros(1, 3, side, side, device=device)
     for _ in range(2):                                                 # the first one warms up
         start = time.perf_counter()
         network.vit(x).sum().item()
         seconds = time.perf_counter() - start
-    return images * seconds
+    return seconds
 
 
 def measure(args, job: Job, network: Network, own: argparse.Namespace) -> None:
@@ -351,7 +353,8 @@ def main(args: argparse.Namespace) -> None:
     for job, network, seed in cells[rank::ranks]:
         own = planned(args, job, network, seed)
         if own:
-            todo.append((job, network, own, seconds_of(network, *job.cost(own), device)))
+            images, side = job.cost(own)
+            todo.append((job, network, own, images * seconds_of(network, side, device)))
     total = sum(seconds for *_, seconds in todo)
     say(f"{len(todo)} measurements to make, of {len(cells)}: about {total / 60:.0f} minutes")
 
@@ -371,10 +374,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_shared(p, "ckpt checkpoint_key num_heads")
     a("--out", default="out/benchmark", help="folder of results and report (default: %(default)s)")
     a("--quick", action="store_true", help="small subsets and short trainings: to see that all works")
-    a("--size", type=run.at_least(1), default=480, help="pixels of a side where patches are compared, to the "
+    a("--size", type=run.count, default=480, help="pixels of a side where patches are compared, to the "
       "nearest multiple of the patch (paper 480)")
-    a("--grid", type=run.at_least(1), metavar="N", help="in its place N x N tokens for every network")
-    a("--crop_size", type=run.at_least(1), help="pixels for k-NN, few-shot, variance (224, to whole patches)")
+    a("--grid", type=run.count, metavar="N", help="in its place N x N tokens for every network")
+    a("--crop_size", type=run.count, help="pixels for k-NN, few-shot, variance (224, to whole patches)")
     a("--seeds", type=int, nargs="+", default=[0], help="the report has their mean and spread (default: 0)")
     a("--also", nargs=2, action="append", default=[], metavar=("EVAL", "OPTIONS"),
       help=f"more options for the script of EVAL: {', '.join(TABLES)}")

@@ -270,7 +270,7 @@ def get_args(argv=None) -> argparse.Namespace:
     """Parse and complete the options.  Raises Mistake for combinations that cannot work."""
     p = get_parser()
     args = p.parse_args(argv)
-    check(args, given=set(run.changed(args, args.defaults.keys() - {"help"})))
+    check(args, given=set(run.changed(args, args.defaults)))
     recipe = RECIPES[args.recipe] | REGULARISED | (LINEAR if args.linear else {})
     for name, value in recipe.items():
         if getattr(args, name) is None:

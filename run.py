@@ -43,7 +43,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args, **kwargs):
         """Besides the options, `defaults`: what each of them is where it is not given."""
         found, rest = super().parse_known_args(*args, **kwargs)
-        defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
+        defaults = {}
+        for action in self._actions:
+            if action.default is not argparse.SUPPRESS:                # --help has no value
+                defaults[action.dest] = self.get_default(action.dest)
         found.defaults = defaults | getattr(found, "defaults", {})     # those of a sub-command come first
         return found, rest
 

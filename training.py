@@ -64,11 +64,11 @@ def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: t
         groups = optimizer.state_dict()["param_groups"]
         if [g["params"] for g in groups] != [g["params"] for g in stored["param_groups"]]:
             raise Mistake(f"{path}: its run trained other weights; give another --output_dir")
-        checkpoint.restore(path, [(part, last[name]) for name, part in parts.items()])
-        optimizer.load_state_dict(stored | {"param_groups": groups})
         if args.stop_at and last["step"] >= args.stop_at:
             raise Mistake(f"--stop_at {args.stop_at}: {path} is at step {last['step']} already; give a "
                           "larger one, or another --output_dir")
+        checkpoint.restore(path, [(part, last[name]) for name, part in parts.items()])
+        optimizer.load_state_dict(stored | {"param_groups": groups})
         say(f"going on from {path}, step {last['step']}")
         before = last["options"].get("epochs")
         if before != getattr(args, "epochs", None):
@@ -276,10 +276,10 @@ class Guard:
             self.end_epoch(epoch)
         if self.stopping or step == self.args.stop_at:
             self.bar.close()
-            why, how = "--stop_at", "a larger --stop_at, or none, goes on"
+            why = "--stop_at after step {}, saved; a larger --stop_at, or none, goes on"
             if self.stopping:
-                why, how = "a signal", "start the same command again to go on"
-            end(f"stopped by {why} after step {step}, saved; {how}", run.STOPPED, together=True)
+                why = "a signal after step {}, saved; start the same command again to go on"
+            end(f"stopped by {why.format(step)}", run.STOPPED, together=True)
 
     def log(self, step: int) -> dict[str, float]:
         """Means over the ranks, to log.jsonl and the progress bar.  Returns them."""

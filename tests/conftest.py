@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import distributed
+from toy import scene
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -29,3 +31,12 @@ def real_data() -> Path:
     if not root.is_dir():
         pytest.skip("set MMC_TEST_DATA to a folder with imagenette/, coco/, VOCdevkit/, DAVIS/, weights/")
     return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 toy scenes as a flat folder: 6 steps an epoch."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(24):
+        Image.fromarray(scene(i, size=40).image).save(folder / f"{i:02d}.png")
+    return folder

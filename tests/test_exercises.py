@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import pretrain
 from model import patchify
-from toy import scene
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "exercises"
@@ -61,15 +59,6 @@ def load(code: Path, name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """24 toy scenes as a flat folder."""
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(24):
-        Image.fromarray(scene(i, size=40).image).save(folder / f"{i:02d}.png")
-    return folder
 
 
 def train(code: Path, images: Path, out: Path, *options: str, ranks: int = 1, steps: int = 3):

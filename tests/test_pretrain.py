@@ -34,15 +34,6 @@ TINY = ("--arch vit_micro --patch_size 8 --global_crops_size 32 --local_crops_nu
         "--log_every 1 --knn_every 0").split()
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """24 toy scenes as a flat folder: 6 steps an epoch."""
-    folder = tmp_path_factory.mktemp("images")
-    for i in range(24):
-        Image.fromarray(scene(i, size=40).image).save(folder / f"{i:02d}.png")
-    return folder
-
-
 def train(images, out, *more):
     pretrain.main(get_args([*TINY, "--data", str(images), "--output_dir", str(out), *more]))
     return torch.load(out / "last.pth", weights_only=True)
