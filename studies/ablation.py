@@ -111,23 +111,25 @@ def curve_of(work: Path) -> list[list[float]]:
     return [points[epoch] for epoch in sorted(points)]
 
 
+def measure(script, work: Path, *options) -> dict:
+    """What an evaluation finds for the backbone in a run's folder: the metrics of its --json."""
+    file = work / "evaluation.jsonl"
+    file.unlink(missing_ok=True)
+    call(script, *options, "--ckpt", work / "backbone.pth", "--json", file)
+    return run.read_lines(file)[-1]["metrics"]
+
+
 def evaluate(work: Path, seed: int, args: argparse.Namespace) -> dict:
     """What zeroshot.py and finetune.py find for the pretrained weights."""
-    def measure(script, *options) -> dict:
-        file = work / "evaluation.jsonl"
-        file.unlink(missing_ok=True)
-        call(script, "--ckpt", work / "backbone.pth", *options, "--json", file)
-        return run.read_lines(file)[-1]["metrics"]
-
     row = {}
     for name, folder in (("coco", args.coco), ("voc", args.voc)):
         if folder:
-            metrics = measure(zeroshot, f"--{name}", folder, *args.zeroshot_options.split())
+            metrics = measure(zeroshot, work, f"--{name}", folder, *args.zeroshot_options.split())
             row[name] = metrics["best"]
             row[f"{name}_auto"] = metrics["auto"]
             row[f"{name}_overlap"] = metrics["overlap"]
     if args.finetune:
-        metrics = measure(finetune, "--data", args.finetune, "--output_dir", work / "finetune",
+        metrics = measure(finetune, work, "--data", args.finetune, "--output_dir", work / "finetune",
                           "--seed", seed, *args.finetune_options.split())
         row["finetune"] = metrics["top1"]
     return row

@@ -1,0 +1,251 @@
+"""MMC beside DINO, iBOT, MAE's task and plain contrast: one network, the same data and augmentation, equal
+time, and as many tries for each.
+
+    python -m studies.rivals --data imagenette/train --voc VOC --out results/rivals
+    python -m studies.rivals --data imagenette/train --voc VOC --out results/rivals --final --seconds 1200 \\
+        --seeds 0 1 --coco COCO --davis DAVIS --knn imagenette imagewoof --finetune imagewoof
+
+First the tries: each method trains for --seconds with each of its settings, on --per_class images of every
+class of --data.  They are judged on 100 others of every class and on VOC's train images, by the mean of k-NN
+CLS, k-NN PAT and the prompt mIoU at the best t.  With --final, each method trains on all of --data with the
+setting that won, and everything is evaluated.
+
+DINO, iBOT and MAE's masks are the solutions of docs/exercises, in a copy of the code.  A second patch,
+studies/prototypes.patch, gives DINO and iBOT BatchNorm in the heads and prototypes that do not move: both
+need it at this scale.  Time is CPU time of the training process with one thread, which another process on
+the machine hardly changes; from a few steps of each setting follows the number of epochs, a whole one.
+
+Each run is a line of OUT/tries.jsonl or OUT/final.jsonl; what is there is left out."""
+import argparse
+import json
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import davis
+import finetune
+import probes
+import run
+import zeroshot
+from data import evenly
+from studies.ablation import FINETUNE, measure
+
+ROOT = Path(__file__).parent.parent
+NETWORK = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
+           "--blur_sigma .1 1 --head_hidden_dim 512 --head_out_dim 128 --drop_path 0 --warmup_epochs 1 "
+           "--num_workers 0 --precision fp32 --device cpu --knn_every 0")
+LARGE = "--batch_size 128 --lr 3e-3 --momentum_teacher .9"
+SMALL = "--batch_size 64 --lr 5e-3 --momentum_teacher .9"
+SLOW = "--batch_size 128 --lr 1e-3 --momentum_teacher .96"
+MAE = "--w_pat 0 --w_cls 0 --noise_p 1 --drop_perc .75 .75 --drop_align 8 --drop_block .001"
+DINO = "--w_rec 0 --w_pat 0 --temp .1 --drop_perc 0 0"
+IBOT = "--w_rec 0 --temp .1 --patch_tokens masked"
+CONTRAST = "--w_rec 0 --w_pat 0"
+HEADS = ["dino_ibot", "prototypes"]
+
+METHODS = {  # method: its tries, each the patches and the options
+    "MMC": [
+        ([], LARGE),
+        ([], SMALL),
+        ([], f"{SMALL} --w_rec .3"),
+        ([], f"{SMALL} --patch_tokens masked"),
+    ],
+    "contrast of CLS": [
+        ([], f"{CONTRAST} {LARGE}"),
+        ([], f"{CONTRAST} {SMALL}"),
+        ([], f"{CONTRAST} {SMALL} --drop_perc 0 0"),
+        ([], f"{CONTRAST} {SMALL} --drop_perc 0 0 --temp .1"),
+    ],
+    "MAE's task": [
+        (["mae"], f"{MAE} {LARGE}"),
+        (["mae"], f"{MAE} {SMALL}"),
+        (["mae"], f"{MAE} --batch_size 64 --lr 1.5e-2"),
+        ([], f"{MAE} {SMALL}"),                # noise instead of grey
+    ],
+    "DINO": [
+        (["dino_ibot"], f"{DINO} {LARGE}"),
+        (HEADS, f"{DINO} {SLOW}"),
+        (HEADS, f"{DINO} {LARGE}"),
+        (HEADS, f"{DINO} {SMALL}"),
+    ],
+    "iBOT": [
+        (["dino_ibot"], f"{IBOT} {LARGE}"),
+        (HEADS, f"{IBOT} {SLOW} --drop_perc .1 .5"),
+        (HEADS, f"{IBOT} {LARGE} --drop_perc .1 .5"),
+        (HEADS, f"{IBOT} {SMALL} --drop_perc .1 .5"),
+    ],
+}
+
+
+# ------------------------------------------------- data and code of a run
+def part_of(data: Path, work: Path, per_class: int) -> Path:
+    """A folder with train/ and val/ of links: per_class and 100 images of each class of data, apart."""
+    part = work / f"part_{per_class}"
+    if part.exists():
+        return part
+    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        files = sorted(folder.iterdir())
+        held_out = set(evenly(100, len(files)))
+        rest = [i for i in range(len(files)) if i not in held_out]
+        chosen = {rest[i] for i in evenly(per_class, len(rest))}
+        for split, indices in (("train", chosen), ("val", held_out)):
+            target = part / split / folder.name
+            target.mkdir(parents=True)
+            for i in sorted(indices):
+                (target / files[i].name).symlink_to(files[i].resolve())
+    return part
+
+
+def copy_of_code(work: Path, patches: list[str]) -> Path:
+    """The folder of a copy of the code with these patches applied."""
+    copy = work / "_".join(["code", *patches])
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    for name in patches:
+        patch = ROOT / "docs/exercises" / f"{name}.patch"
+        if not patch.exists():
+            patch = ROOT / "studies" / f"{name}.patch"
+        here = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}
+        subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=here)
+    return copy
+
+
+def pretrain(code: Path, options: list) -> float:
+    """Run pretrain.py of a copy with one thread; its CPU seconds.  Raises CalledProcessError if it fails;
+    that it stopped at --stop_at is no failure."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "pretrain.py", *map(str, options)]
+    done = subprocess.run(command, cwd=code, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode not in (0, run.STOPPED):
+        raise subprocess.CalledProcessError(done.returncode, command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def seconds_per_image(code: Path, data: Path, work: Path, options: list[str]) -> float:
+    """CPU seconds of a training image, from the difference between 3 and 13 steps without an evaluation."""
+    seconds = []
+    for step in (3, 13):
+        pilot = work / f"pilot_{step}"
+        shutil.rmtree(pilot, ignore_errors=True)
+        seconds.append(pretrain(code, ["--data", data, "--output_dir", pilot, "--epochs", 1, "--stop_at", step,
+                                       "--warmup_epochs", 0, *options]))
+    batch = int(options[options.index("--batch_size") + 1])
+    return (seconds[1] - seconds[0]) / (10 * batch)
+
+
+def train(name: str, patches: list[str], options: str, data: Path, folder: Path, seed: int, args) -> dict:
+    """Pretrain for --seconds; the first half of a line of results, with shares in percent."""
+    work = Path(args.work).resolve()
+    code = copy_of_code(work, patches)
+    options = [*NETWORK.split(), *options.split(), "--seed", str(seed)]
+    images = data / "train" if (data / "train").is_dir() else data
+    n_images = sum(1 for _ in images.glob("*/*"))
+    of_image = seconds_per_image(code, images, work, options)
+    epochs = max(round(args.seconds / of_image / n_images), 2)
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = pretrain(code, ["--data", data, "--output_dir", folder, "--epochs", epochs, *options])
+    row = {"method": name, "seed": seed, "patches": patches, "options": options, "epochs": epochs,
+           "images": epochs * n_images, "cpu_seconds": round(seconds), "asked_seconds": args.seconds,
+           "images_per_s": round(1 / of_image, 1)}
+    return row | json.loads((folder / "results.json").read_text())
+
+
+# ------------------------------------------------- tries and finals
+def one_try(name: str, number: int, args) -> dict:
+    """Pretrain on a part of the data and judge; a line of tries.jsonl."""
+    patches, options = METHODS[name][number]
+    work = Path(args.work).resolve()
+    folder = work / f"{name.replace(' ', '_')}_try{number}"
+    row = {"try": number} | train(name, patches, options, part_of(Path(args.data), work, args.per_class),
+                                  folder, 0, args)
+    voc = measure(zeroshot, folder, "--voc", args.voc, "--split", "train", "--size", 240)
+    row |= {"voc_train": voc["best"], "voc_train_overlap": voc["overlap"]}
+    return row | {"score": round((row["knn_cls"] + row["knn_pat"] + row["voc_train"]) / 3, 2)}
+
+
+def best_try(name: str, args) -> dict:
+    """The line of the try that won.  Raises Mistake if a try is missing."""
+    rows = [row for row in run.read_lines(Path(args.out) / "tries.jsonl") if row["method"] == name]
+    if len(rows) < len(METHODS[name]):
+        raise run.Mistake(f"{args.out}/tries.jsonl: {name} has {len(rows)} of {len(METHODS[name])} tries: run "
+                          "the same command without --final first")
+    return max(rows, key=lambda row: row["score"])
+
+
+def final(name: str, seed: int, args) -> dict:
+    """Pretrain on all images with the setting that won, and evaluate; a line of final.jsonl."""
+    won = best_try(name, args)["try"]
+    patches, options = METHODS[name][won]
+    folder = Path(args.work).resolve() / f"{name.replace(' ', '_')}_final_{seed}"
+    row = {"try": won} | train(name, patches, options, Path(args.data).resolve(), folder, seed, args)
+    for where in ("voc", "coco"):
+        if getattr(args, where):
+            options = [f"--{where}", getattr(args, where), "--size", 240, "--limit", 80]
+            found = measure(zeroshot, folder, *options)
+            better = measure(zeroshot, folder, *options, "--centre", "--contiguous")
+            row |= {where: found["best"], f"{where}_auto": found["auto"], f"{where}_overlap": found["overlap"],
+                    f"{where}_better": better["best"]}
+    for data in args.knn:
+        found = measure(probes, folder, "knn", "--data", data, "--size", 48, "--k", 10)
+        row |= {f"knn_cls_{Path(data).name}": found["cls"]["10"], f"knn_pat_{Path(data).name}": found["pat"]["10"]}
+    if args.davis:
+        row["davis"] = measure(davis, folder, "--davis", args.davis, "--size", 240)["J&F-Mean"]
+    if args.finetune:
+        row["finetune"] = measure(finetune, folder, "--data", args.finetune, "--output_dir", folder / "finetune",
+                                  "--size", 48, "--seed", seed, *FINETUNE.split())["top1"]
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    with run.writing(out, "--out "):
+        out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    file = out / ("final.jsonl" if args.final else "tries.jsonl")
+    key = "seed" if args.final else "try"
+    done = {(row["method"], row[key]) for row in run.read_lines(file)}
+    for i in args.seeds if args.final else range(4):
+        for name in args.methods:
+            if (name, i) in done:
+                continue
+            print(f"{name}, {key} {i}", flush=True)
+            row = final(name, i, args) if args.final else one_try(name, i, args)
+            row |= {"command": args.command, "commit": run.commit(), "torch": torch.__version__,
+                    "date": date.today().isoformat()}
+            run.append_json(file, row)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    p = run.Parser(description=__doc__)
+    a = p.add_argument
+    a("--data", required=True, metavar="DIR", help="class folders of train images; the labels only judge")
+    a("--out", required=True, metavar="DIR", help="folder of tries.jsonl and final.jsonl")
+    a("--work", metavar="DIR", help="folder of the runs and weights (default: out/rivals)", default="out/rivals")
+    a("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="only these")
+    a("--seconds", type=run.above(0.0), default=150.0, help="CPU seconds of training (default: %(default)s)")
+    a("--per_class", type=run.count, default=150, help="images of a class in a try (default: %(default)s)")
+    a("--final", action="store_true", help="train with what won among the tries, and evaluate all")
+    a("--seeds", type=int, nargs="+", default=[0, 1], help="of the final runs (default: 0 1)")
+    a("--voc", required=True, metavar="DIR", help="PASCAL VOC; the tries are judged on its train images")
+    a("--coco", metavar="DIR", help="COCO, for the final runs, as all that follow")
+    a("--davis", metavar="DIR", help="DAVIS-2017")
+    a("--knn", nargs="*", default=[], metavar="DIR", help="labelled folders with train/ and val/")
+    a("--finetune", metavar="DIR", help="fine-tune on this labelled folder")
+    args = p.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "studies.rivals", *argv])
+    return args
+
+
+if __name__ == "__main__":
+    run.script(main, get_args)
