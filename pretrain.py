@@ -40,7 +40,7 @@ from training import global_lr, warmup_epochs
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
            blur_sigma=[0.1, 0.5], solarize=[0.0, 0.0, 0.0], drop_align=1, head_hidden_dim=256,
-           head_out_dim=128, drop_path=0.0, batch_size=32, epochs=6, warmup_epochs=1, lr=8e-3,
+           head_out_dim=128, drop_path=0.0, batch_size=32, epochs=5, warmup_epochs=1, lr=8e-3,
            momentum_teacher=0.8, num_workers=0, knn_every=2)
 PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
@@ -266,7 +266,7 @@ def add_training(p) -> None:
       help="batches per step, one after another: multiplies the global batch and the learning rate, not the "
            "negatives, which are those of one batch, as are the statistics of BatchNorm")
     a("--epochs", type=count,
-      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 6); raised "
+      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 5); raised "
            "on a resume, it stretches the schedules")
     a("--warmup_epochs", type=number, default=10, help="linear warm-up (lineage 10; toy 1)")
     a("--lr", type=number, default=5e-4,
