@@ -12,8 +12,8 @@ setting that won, and everything is evaluated.
 
 DINO, iBOT and MAE's masks are the solutions of docs/exercises, in a copy of the code.  A second patch,
 studies/prototypes.patch, gives DINO and iBOT BatchNorm in the heads and prototypes that do not move: both
-need it at this scale.  Time is CPU time of the training process with one thread, which another process on
-the machine hardly changes; from a few steps of each setting follows the number of epochs, a whole one.
+need it at this scale.  From the time of a few steps of each setting follows the number of its epochs, a
+whole one.  On a CPU that is CPU time with one thread: run nothing else on the machine.
 
 Each run is a line of OUT/tries.jsonl or OUT/final.jsonl; what is there is left out."""
 import argparse
@@ -24,12 +24,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
 import torch
 
 import davis
+import distributed
 import finetune
 import probes
 import run
@@ -40,7 +42,9 @@ from studies.ablation import FINETUNE, measure
 ROOT = Path(__file__).parent.parent
 NETWORK = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
            "--blur_sigma .1 1 --head_hidden_dim 512 --head_out_dim 128 --drop_path 0 --warmup_epochs 1 "
-           "--num_workers 0 --precision fp32 --device cpu --knn_every 0")
+           "--knn_every 0")
+CPU = "--device cpu --num_workers 0 --precision fp32"
+CUDA = "--device cuda --num_workers 8 --precision bf16"
 LARGE = "--batch_size 128 --lr 3e-3 --momentum_teacher .9"
 SMALL = "--batch_size 64 --lr 5e-3 --momentum_teacher .9"
 SLOW = "--batch_size 128 --lr 1e-3 --momentum_teacher .96"
@@ -110,54 +114,67 @@ def copy_of_code(work: Path, patches: list[str]) -> Path:
     copy.mkdir(parents=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}    # another git hides nothing
     for name in patches:
         patch = ROOT / "docs/exercises" / f"{name}.patch"
         if not patch.exists():
             patch = ROOT / "studies" / f"{name}.patch"
-        here = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}
-        subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=here)
+        subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=alone)
     return copy
 
 
-def pretrain(code: Path, options: list) -> float:
-    """Run pretrain.py of a copy with one thread; its CPU seconds.  Raises CalledProcessError if it fails;
-    that it stopped at --stop_at is no failure."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def pretrain(code: Path, options: list, device: torch.device) -> float:
+    """Run pretrain.py of a copy; its seconds, on a CPU those of one thread.  Raises CalledProcessError if it
+    fails; that it stopped at --stop_at is no failure."""
+    before = clock(device)
     command = [sys.executable, "pretrain.py", *map(str, options)]
     done = subprocess.run(command, cwd=code, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode not in (0, run.STOPPED):
         raise subprocess.CalledProcessError(done.returncode, command)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return clock(device) - before
 
 
-def seconds_per_image(code: Path, data: Path, work: Path, options: list[str]) -> float:
-    """CPU seconds of a training image, from the difference between 3 and 13 steps without an evaluation."""
-    seconds = []
-    for step in (3, 13):
+def clock(device: torch.device) -> float:
+    """CPU seconds of the processes that ended, or seconds of the wall where a GPU works."""
+    if device.type != "cpu":
+        return time.monotonic()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def seconds_per_image(code: Path, data: Path, work: Path, options: list[str], device: torch.device) -> float:
+    """Seconds of a training image, from the difference between two runs of a few steps."""
+    few, many = (3, 13) if device.type == "cpu" else (20, 120)
+    seconds = {}
+    for step in (few, many):
         pilot = work / f"pilot_{step}"
         shutil.rmtree(pilot, ignore_errors=True)
-        seconds.append(pretrain(code, ["--data", data, "--output_dir", pilot, "--epochs", 1, "--stop_at", step,
-                                       "--warmup_epochs", 0, *options]))
+        short = ["--data", data, "--output_dir", pilot, "--epochs", 100, "--stop_at", step]
+        seconds[step] = pretrain(code, short + options, device)
     batch = int(options[options.index("--batch_size") + 1])
-    return (seconds[1] - seconds[0]) / (10 * batch)
+    return (seconds[many] - seconds[few]) / ((many - few) * batch)
 
 
-def train(name: str, patches: list[str], options: str, data: Path, folder: Path, seed: int, args) -> dict:
+def train(patches: list[str], options: str, data: Path, folder: Path, seed: int, args) -> dict:
     """Pretrain for --seconds; the first half of a line of results, with shares in percent."""
+    device = distributed.pick_device(args.device)
     work = Path(args.work).resolve()
     code = copy_of_code(work, patches)
-    options = [*NETWORK.split(), *options.split(), "--seed", str(seed)]
+    here = CPU if device.type == "cpu" else CUDA
+    options = [*NETWORK.split(), *here.split(), *options.split(), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data
     n_images = sum(1 for _ in images.glob("*/*"))
-    of_image = seconds_per_image(code, images, work, options)
+    of_image = seconds_per_image(code, images, work, options, device)
     epochs = max(round(args.seconds / of_image / n_images), 2)
     shutil.rmtree(folder, ignore_errors=True)
-    seconds = pretrain(code, ["--data", data, "--output_dir", folder, "--epochs", epochs, *options])
-    row = {"method": name, "seed": seed, "patches": patches, "options": options, "epochs": epochs,
-           "images": epochs * n_images, "cpu_seconds": round(seconds), "asked_seconds": args.seconds,
-           "images_per_s": round(1 / of_image, 1)}
-    return row | json.loads((folder / "results.json").read_text())
+    began = clock(device)
+    pretrain(code, ["--data", data, "--output_dir", folder, "--epochs", epochs, *options], device)
+    return {
+        "seed": seed, "patches": patches, "options": options, "epochs": epochs, "images": epochs * n_images,
+        "asked_seconds": args.seconds, "seconds_with_evaluation": round(clock(device) - began),
+        "images_per_s": round(1 / of_image, 1), "device": device.type,
+        "before_and_after": json.loads((folder / "results.json").read_text()),
+    }
 
 
 # ------------------------------------------------- tries and finals
@@ -165,20 +182,23 @@ def one_try(name: str, number: int, args) -> dict:
     """Pretrain on a part of the data and judge; a line of tries.jsonl."""
     patches, options = METHODS[name][number]
     work = Path(args.work).resolve()
-    folder = work / f"{name.replace(' ', '_')}_try{number}"
-    row = {"try": number} | train(name, patches, options, part_of(Path(args.data), work, args.per_class),
-                                  folder, 0, args)
+    part = part_of(Path(args.data), work, args.per_class)
+    folder = work / f"{name.replace(' ', '_')}_try_{number}"
+    row = {"method": name, "try": number, **train(patches, options, part, folder, 0, args)}
+    held_out = row["before_and_after"]
     voc = measure(zeroshot, folder, "--voc", args.voc, "--split", "train", "--size", 240)
+    judged = [held_out["knn_cls"], held_out["knn_pat"], voc["best"]]
     row |= {"voc_train": voc["best"], "voc_train_overlap": voc["overlap"]}
-    return row | {"score": round((row["knn_cls"] + row["knn_pat"] + row["voc_train"]) / 3, 2)}
+    return row | {"score": round(sum(judged) / 3, 2)}
 
 
 def best_try(name: str, args) -> dict:
     """The line of the try that won.  Raises Mistake if a try is missing."""
-    rows = [row for row in run.read_lines(Path(args.out) / "tries.jsonl") if row["method"] == name]
+    file = Path(args.out) / "tries.jsonl"
+    rows = [row for row in run.read_lines(file) if row["method"] == name]
     if len(rows) < len(METHODS[name]):
-        raise run.Mistake(f"{args.out}/tries.jsonl: {name} has {len(rows)} of {len(METHODS[name])} tries: run "
-                          "the same command without --final first")
+        raise run.Mistake(f"{file}: {name} has {len(rows)} of {len(METHODS[name])} tries: run the same command "
+                          "without --final first")
     return max(rows, key=lambda row: row["score"])
 
 
@@ -187,22 +207,26 @@ def final(name: str, seed: int, args) -> dict:
     won = best_try(name, args)["try"]
     patches, options = METHODS[name][won]
     folder = Path(args.work).resolve() / f"{name.replace(' ', '_')}_final_{seed}"
-    row = {"try": won} | train(name, patches, options, Path(args.data).resolve(), folder, seed, args)
+    row = {"method": name, "try": won}
+    row |= train(patches, options, Path(args.data).resolve(), folder, seed, args)
     for where in ("voc", "coco"):
         if getattr(args, where):
             options = [f"--{where}", getattr(args, where), "--size", 240, "--limit", 80]
             found = measure(zeroshot, folder, *options)
             better = measure(zeroshot, folder, *options, "--centre", "--contiguous")
-            row |= {where: found["best"], f"{where}_auto": found["auto"], f"{where}_overlap": found["overlap"],
-                    f"{where}_better": better["best"]}
+            row[where] = found["best"]
+            row[f"{where}_auto"] = found["auto"]
+            row[f"{where}_overlap"] = found["overlap"]
+            row[f"{where}_better"] = better["best"]
     for data in args.knn:
         found = measure(probes, folder, "knn", "--data", data, "--size", 48, "--k", 10)
-        row |= {f"knn_cls_{Path(data).name}": found["cls"]["10"], f"knn_pat_{Path(data).name}": found["pat"]["10"]}
+        row[f"knn_cls_{Path(data).name}"] = found["cls"]["10"]
+        row[f"knn_pat_{Path(data).name}"] = found["pat"]["10"]
     if args.davis:
         row["davis"] = measure(davis, folder, "--davis", args.davis, "--size", 240)["J&F-Mean"]
     if args.finetune:
-        row["finetune"] = measure(finetune, folder, "--data", args.finetune, "--output_dir", folder / "finetune",
-                                  "--size", 48, "--seed", seed, *FINETUNE.split())["top1"]
+        options = ["--data", args.finetune, "--output_dir", folder / "finetune", "--size", 48, "--seed", seed]
+        row["finetune"] = measure(finetune, folder, *options, *FINETUNE.split())["top1"]
     return row
 
 
@@ -231,12 +255,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a = p.add_argument
     a("--data", required=True, metavar="DIR", help="class folders of train images; the labels only judge")
     a("--out", required=True, metavar="DIR", help="folder of tries.jsonl and final.jsonl")
-    a("--work", metavar="DIR", help="folder of the runs and weights (default: out/rivals)", default="out/rivals")
+    a("--work", default="out/rivals", metavar="DIR", help="folder of the runs (default: %(default)s)")
     a("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="only these")
-    a("--seconds", type=run.above(0.0), default=150.0, help="CPU seconds of training (default: %(default)s)")
+    a("--seconds", type=run.above(0.0), default=150.0, help="of training (default: %(default)s)")
     a("--per_class", type=run.count, default=150, help="images of a class in a try (default: %(default)s)")
     a("--final", action="store_true", help="train with what won among the tries, and evaluate all")
     a("--seeds", type=int, nargs="+", default=[0, 1], help="of the final runs (default: 0 1)")
+    run.add_shared(p, "device")
     a("--voc", required=True, metavar="DIR", help="PASCAL VOC; the tries are judged on its train images")
     a("--coco", metavar="DIR", help="COCO, for the final runs, as all that follow")
     a("--davis", metavar="DIR", help="DAVIS-2017")
