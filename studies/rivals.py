@@ -114,7 +114,7 @@ def copy_of_code(work: Path, patches: list[str]) -> Path:
     copy.mkdir(parents=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
-    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}    # another git hides nothing
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}    # whatever git is above
     for name in patches:
         patch = ROOT / "docs/exercises" / f"{name}.patch"
         if not patch.exists():
@@ -197,8 +197,8 @@ def best_try(name: str, args) -> dict:
     file = Path(args.out) / "tries.jsonl"
     rows = [row for row in run.read_lines(file) if row["method"] == name]
     if len(rows) < len(METHODS[name]):
-        raise run.Mistake(f"{file}: {name} has {len(rows)} of {len(METHODS[name])} tries: run the same command "
-                          "without --final first")
+        raise run.Mistake(f"{file}: {name} has {len(rows)} of {len(METHODS[name])} tries: run the same "
+                          "command without --final first")
     return max(rows, key=lambda row: row["score"])
 
 
