@@ -3,6 +3,7 @@
 Images are tensors (3, H, W) of uint8, RGB, until `normalize` makes float32 of them for a network.  A file
 that cannot be read is a BadImage."""
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,14 +28,13 @@ class BadImage(Mistake):
     """A file that is not a readable image; the message names it."""
 
 
+@dataclass
 class Unreadable:
     """The one rule for images that an evaluation cannot read: they are counted, named and left out, and more
     than the share `max_bad` of `total` ends the script.  names: of each its name, or a message with it."""
-
-    def __init__(self, total: int, max_bad: float):
-        self.total = total
-        self.max_bad = max_bad
-        self.names: list[str] = []
+    total: int
+    max_bad: float
+    names: list[str] = field(default_factory=list)
 
     def note(self, name: str | Path) -> None:
         """One more.  Raises Mistake when there are too many."""
