@@ -12,9 +12,8 @@ import hashlib
 import importlib.util
 import json
 import os
-import pathlib
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ EXPORTS = {                                    # the packages that each format n
 
 # ------------------------------------------------- files
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike):
+def whole_file(path: str | Path):
     """Around what writes a file, so that there is never half of it: gives the name of a file beside it, which
     is flushed to disk and then renamed over it.  Raises Mistake for a full disk or a lack of permission."""
     path = Path(path)
@@ -57,14 +56,14 @@ def whole_file(path: str | os.PathLike):
             temporary.unlink()
 
 
-def save(path: str | os.PathLike, content: dict) -> None:
+def save(path: str | Path, content: dict) -> None:
     """torch.save that cannot leave half a file.  Rank 0 writes, the others return."""
     if is_main():
         with whole_file(path) as temporary, open(temporary, "wb") as f:
             torch.save(content, f)
 
 
-def load(path: str | os.PathLike) -> dict:
+def load(path: str | Path) -> dict:
     """What a file of torch.save or safetensors holds, on the CPU.  Only tensors, containers, numbers, paths
     and argparse.Namespace are allowed.  Raises Mistake for a file that is missing, damaged, or that wants to
     run anything else."""
@@ -106,7 +105,7 @@ def allowed_globals() -> list:
     for maker in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):
         allowed += [(maker, f"numpy.{core}.multiarray.{maker.__name__}") for core in ("core", "_core")]
     for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-        allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")]
+        allowed += [(PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")]
     return allowed
 
 
@@ -137,7 +136,7 @@ def load_safetensors(path: Path) -> dict:
     return content
 
 
-def restore(path: str | os.PathLike, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+def restore(path: str | Path, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
     """Load (module, state dict) pairs from a training run's file `path`.  Raises Mistake for a tensor that is
     missing, unknown or of another shape."""
     for module, state in parts:

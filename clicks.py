@@ -82,8 +82,11 @@ def auto_threshold(maps: Tensor, clicks: int = 1, centre: bool = False) -> Tenso
 
 
 def prompt_maps(
-    z: Tensor, points: Tensor, background: Tensor | None = None,
-    combine: str = "max", centre: bool = False,
+    z: Tensor,
+    points: Tensor,
+    background: Tensor | None = None,
+    combine: str = "max",
+    centre: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The similarity maps (Q, N) of prompts, and their automatic thresholds (Q, 1).
 
@@ -119,8 +122,11 @@ def connected(masks: Tensor, points: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def to_pixels(
-    maps: Tensor, grid: tuple[int, int],
-    patch: int, stride: int, smooth: bool,
+    maps: Tensor,
+    grid: tuple[int, int],
+    patch: int,
+    stride: int,
+    smooth: bool,
 ) -> Tensor:
     """Maps of tokens (Q, h*w) -> (Q, H, W) pixels: the token of the nearest centre, or linear in between."""
     axes = []
@@ -132,8 +138,7 @@ def to_pixels(
     places = torch.stack([x, y], -1).to(maps.dtype)                    # (H, W, 2)
     mode = "bilinear" if smooth else "nearest"
     maps = maps.view(1, -1, *grid)                                     # (1, Q, h, w)
-    pixels = F.grid_sample(maps, places[None], mode, "border", align_corners=True)
-    return pixels[0]
+    return F.grid_sample(maps, places[None], mode, "border", align_corners=True)[0]
 
 
 def middle_pixels(tokens: Tensor, columns: int, patch: int, stride: int) -> Tensor:
@@ -165,8 +170,10 @@ def fit(image: Tensor, size: int, patch: int) -> Tensor:
 
 def token_at(
     point: tuple[float, float],
-    old: tuple[int, int], new: tuple[int, int],
-    P: int, S: int,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    P: int,
+    S: int,
 ) -> int:
     """The token nearest to a pixel (x, y) of an image that was resized from (height, width) old to new."""
     places = []
@@ -175,8 +182,7 @@ def token_at(
         place = round(((pixel + 0.5) * after / before - P / 2) / S)
         places.append(min(max(place, 0), last))
     row, column = places
-    columns = (new[1] - P) // S + 1
-    return row * columns + column
+    return row * (last + 1) + column                                   # `last` is that of a row
 
 
 class Tokens(NamedTuple):
@@ -190,12 +196,9 @@ class Tokens(NamedTuple):
 
     def at(self, points: list[tuple[float, float]]) -> Tensor:
         """Pixels of the picture as given -> (1, n) numbers of tokens; a double click is one prompt."""
-        found = []
-        for point in points:
-            number = token_at(point, self.given, self.image.shape[1:], self.P, self.S)
-            if number not in found:
-                found.append(number)
-        return torch.tensor([found])
+        size = self.image.shape[1:]
+        found = [token_at(point, self.given, size, self.P, self.S) for point in points]
+        return torch.tensor([list(dict.fromkeys(found))])
 
     def pixels(self, values: Tensor, smooth: bool = True) -> Tensor:
         """(N,) -> (H, W)."""
@@ -204,8 +207,12 @@ class Tokens(NamedTuple):
 
 
 def picture_tokens(
-    vit: ViT, image: Tensor, device: torch.device,
-    size: int, stride: int | None = None, block: int = -1,
+    vit: ViT,
+    image: Tensor,
+    device: torch.device,
+    size: int,
+    stride: int | None = None,
+    block: int = -1,
 ) -> Tokens:
     """(3, H, W) uint8 -> the tokens of the image, its short side made `size`.
 
@@ -224,19 +231,24 @@ def picture_tokens(
 
 
 def select(
-    tokens: Tokens, on: list, off: list,
-    threshold: float | str = "auto", combine: str = "max", centre: bool = False,
-    smooth: bool = True, contiguous: bool = False,
+    tokens: Tokens,
+    on: list,
+    off: list,
+    threshold: float | str = "auto",
+    combine: str = "max",
+    centre: bool = False,
+    smooth: bool = True,
+    contiguous: bool = False,
 ) -> tuple[Tensor, float, Tensor]:
     """Clicks (x, y) on an object and beside it, in pixels of the picture as given -> the similarity (N,), the
     threshold for it, and the mask (H, W) bool.  contiguous: only the parts that were clicked."""
     points = tokens.at(on)
     background = tokens.at(off) if off else None
     maps, auto = prompt_maps(tokens.z, points, background, combine, centre)
+    similarity = maps[0]
     t = auto.item() if threshold == "auto" else threshold
-    mask = tokens.pixels(maps[0], smooth) >= t
+    mask = tokens.pixels(similarity, smooth) >= t
     if contiguous:
         places = middle_pixels(points, tokens.grid[1], tokens.P, tokens.S)
-        parts = connected(mask.view(1, -1), places, mask.shape)
-        mask = parts.view(mask.shape)
-    return maps[0], t, mask
+        mask = connected(mask.view(1, -1), places, mask.shape).view(mask.shape)
+    return similarity, t, mask

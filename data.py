@@ -51,8 +51,16 @@ def evenly(n: int, total: int) -> list[int]:
     return torch.linspace(0, total - 1, min(n, total)).long().tolist()
 
 
+def read_text(path: Path, complaint: str) -> str:
+    """Text with names of any bytes.  Raises Mistake: the complaint, and why it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as e:
+        raise Mistake(f"{complaint} ({e.strerror})") from e
+
+
 # ------------------------------------------------- sources
-def walk(root: str | os.PathLike, left_out: Counter, only: Container[str] | None = None) -> Iterator[str]:
+def walk(root: str | Path, left_out: Counter, only: Container[str] | None = None) -> Iterator[str]:
     """Paths of all images below a folder, unsorted: the one walk of every script.
 
     Names that begin with a dot are no data.  A folder to which links lead is entered once.  What is no image
@@ -71,13 +79,15 @@ def walk(root: str | os.PathLike, left_out: Counter, only: Container[str] | None
         except OSError as e:
             raise Mistake(f"{folder}: this folder cannot be opened ({e.strerror})") from e
         for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            link = entry.is_symlink()                  # may lead nowhere, or to itself
             if entry.name.startswith("."):
                 left_out["hidden"] += 1
-            elif os.path.isdir(entry.path) if link else entry.is_dir():
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()
+            link = entry.is_symlink()                  # may lead nowhere, or to itself
+            is_folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            if is_folder:
                 if only is None or folder != str(root) or entry.name in only:
-                    waiting.insert(0 if link else len(waiting), entry.path)
+                    waiting.insert(0 if link else len(waiting), entry.path)        # links come last
             elif suffix in EXTENSIONS and (link or entry.is_file()):
                 yield entry.path
             else:
@@ -101,11 +111,12 @@ class ImageFolder:
     """Image files below a folder, nested or flat.  Two or more folders of images at the top are the classes,
     and a few images beside them are left out.  only: the classes to take, by folder name.  Raises Mistake."""
 
-    def __init__(self, root: str | os.PathLike, only: list[str] | None = None):
+    def __init__(self, root: str | Path, only: list[str] | None = None):
         root = str(root)
         if not os.path.isdir(root):
             found = "it is a file" if os.path.exists(root) else "there is nothing"
             raise Mistake(f"{root}: expected a folder of images, but {found}")
+        self.root = root
         left_out = Counter()
         self.files = sorted(walk(root, left_out, only))
         start = len(root.rstrip(os.sep)) + 1
@@ -114,27 +125,27 @@ class ImageFolder:
             end = max(file.find(os.sep, start), start)
             tops.append(sys.intern(file[start:end]))
         strays = tops.count("")
-        names = set(tops) - {""}
-        why = ""
+        names = sorted(set(tops) - {""})
+        missing = sorted(set(only or []) - set(names))
+        if missing:
+            raise Mistake(f"{root}: {len(missing)} of {len(only)} classes asked for have no images here, "
+                          f"such as {', '.join(missing[:5])}")
+        if not tops:
+            raise Mistake(f"{root}: holds no image ({described(0, [], left_out)}); expected "
+                          f"{' '.join(sorted(EXTENSIONS))}")
+        why = ""                                       # there are no classes
         if len(names) < 2:
-            why = "no class folders" if not names else f"one folder only, {min(names)}"
+            why = f"one folder only, {names[0]}" if names else "no class folders"
         elif strays > MAX_STRAYS * len(tops):
             why = f"{strays} images lie beside the {len(names)} folders"
         elif strays:
             self.files = list(compress(self.files, tops))
-            tops = list(filter(None, tops))
+            tops = filter(None, tops)
             left_out["images beside the class folders"] = strays
-        if missing := sorted(set(only or []) - names):
-            raise Mistake(f"{root}: {len(missing)} of {len(set(only))} classes asked for have no images "
-                          f"here, such as {', '.join(missing[:5])}")
-        if not self.files:
-            raise Mistake(f"{root}: holds no image ({described(0, [], left_out)}); expected "
-                          f"{' '.join(sorted(EXTENSIONS))}")
-        self.classes = [] if why else sorted(names)
-        number = {name: i for i, name in enumerate(self.classes)}
+        self.classes = [] if why else names
+        number = {name: i for i, name in enumerate(names)}
         self.labels = None if why else [number[top] for top in tops]
         self.about = described(len(self.files), self.classes, left_out, why)
-        self.root = root
 
     def __len__(self) -> int:
         return len(self.files)
@@ -146,16 +157,16 @@ class ImageFolder:
         return self.files[i]
 
 
-NAMED = {  # name: class in torchvision.datasets, arguments for its train split, for its val split
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
-    "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    "cars": ("StanfordCars", {"split": "train"}, {"split": "test"}),
-    "aircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
+NAMED = {  # name: class in torchvision.datasets, its argument for the split, which is train, which is val
+    "cifar10": ("CIFAR10", "train", True, False),
+    "cifar100": ("CIFAR100", "train", True, False),
+    "stl10": ("STL10", "split", "train+unlabeled", "test"),
+    "flowers102": ("Flowers102", "split", "train", "test"),
+    "pets": ("OxfordIIITPet", "split", "trainval", "test"),
+    "cars": ("StanfordCars", "split", "train", "test"),
+    "aircraft": ("FGVCAircraft", "split", "trainval", "test"),
 }
-LABELS = ["targets", "labels", "_labels", "_samples"]  # where these classes keep them
+LABELS = ("targets", "labels", "_labels", "_samples")  # where these classes keep them
 
 
 class Named:
@@ -163,8 +174,8 @@ class Named:
 
     def __init__(self, name: str, split: str, root: str, download: bool):
         import torchvision
-        kind, train, val = NAMED[name]
-        chosen = train if split == "train" else val
+        kind, argument, train, val = NAMED[name]
+        chosen = {argument: train if split == "train" else val}
         try:
             with distributed.main_first():                             # or the ranks would write one file
                 self.set = getattr(torchvision.datasets, kind)(root, **chosen, download=download)
@@ -176,7 +187,7 @@ class Named:
         self.labels = list(map(int, labels))
         self.classes = list(map(str, self.set.classes))
         self.prefix = f"{name}/{split}"
-        self.about = described(len(self.labels), self.classes)
+        self.about = described(len(labels), self.classes)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -193,7 +204,6 @@ class Named:
 @dataclass(eq=False)
 class ToyImages:
     """n scenes of the toy world, drawn when they are first asked for and then kept in memory."""
-
     split: str = "train"
     n: int = 4000
     size: int = 64
@@ -202,7 +212,7 @@ class ToyImages:
     def __post_init__(self):
         self.classes = list(CLASSES)
         self.labels = [i % len(CLASSES) for i in range(self.n)]
-        self.scenes: dict[int, Scene] = {}
+        self.scenes = {}
         self.about = described(self.n, self.classes)
 
     def __len__(self) -> int:
@@ -246,23 +256,23 @@ def open_images(args, split: str = "train", toy_seed: int = 0):
     """What --data names (args: data, data_root, download, classes).  split: 'train', or 'val', which is None
     where there is no such split.  Raises Mistake."""
     root = Path(args.data)
+    is_folder = os.path.isdir(root)
     only = chosen_classes(getattr(args, "classes", None))
-    if only and not os.path.isdir(root):
+    if only and not is_folder:
         raise Mistake(f"--classes chooses among class folders, and --data {args.data} is no folder")
     if getattr(args, "download", False) and not {args.data, getattr(args, "val_data", None)} & NAMED.keys():
         raise Mistake(f"--download has no effect with --data {args.data}")
     if args.data == "toy":
         return ToyImages(split, seed=toy_seed)
-    if args.data in NAMED and not os.path.isdir(root):
+    if args.data in NAMED and not is_folder:
         return Named(args.data, split, args.data_root, args.download)
     if not os.path.exists(root):
         raise Mistake(f"{args.data}: no such folder, and not one of toy, {', '.join(NAMED)}")
     if split == "train":
         return ImageFolder(root / "train" if has_splits(root) else root, only)
-    val = root.parent / "val" if root.name == "train" else root / "val"
+    val = root.with_name("val") if root.name == "train" else root / "val"
     if os.path.isdir(val) and (root.name == "train" or has_splits(root)):
         return ImageFolder(val, only)
-    return None
 
 
 def has_splits(root: Path) -> bool:
@@ -275,29 +285,26 @@ def has_splits(root: Path) -> bool:
 
 def open_val(args, toy_seed: int = 0):
     """Images to test on: --val_data's, in its val/ if it has one, else the val split of --data, or None."""
-    if args.val_data is None:
-        return open_images(args, "val", toy_seed)
-    if os.path.isdir(args.val_data):
-        inner = Path(args.val_data) / "val"
-        only = chosen_classes(getattr(args, "classes", None))
-        return ImageFolder(inner if os.path.isdir(inner) else args.val_data, only)
-    args = type(args)(**vars(args) | {"data": args.val_data})
+    given = args.val_data
+    if given is not None:
+        if os.path.isdir(given):
+            inner = Path(given) / "val"
+            only = chosen_classes(getattr(args, "classes", None))
+            return ImageFolder(inner if os.path.isdir(inner) else given, only)
+        args = type(args)(**vars(args) | {"data": given})
     return open_images(args, "val", toy_seed)
 
 
 def chosen_classes(given: str | None) -> list[str] | None:
-    """--classes: folder names, one a line, from a file; 'in100' is ImageNet-100.  Raises Mistake."""
+    """--classes: folder names in a file, one a line; 'in100' is ImageNet-100.  Raises Mistake."""
     if given is None:
         return None
     path = Path(__file__).with_name("in100.txt") if given == "in100" else Path(given)
-    try:
-        names = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    except OSError as e:
-        raise Mistake(f"--classes {given}: cannot be read ({e.strerror}); expected in100, or a file") from e
-    names = [name.strip() for name in names if name.strip()]
-    if len(set(names)) < 2:
-        raise Mistake(f"--classes {given}: names {len(set(names))} classes; expected two or more")
-    return names
+    text = read_text(path, f"--classes {given}: expected in100, or a file; it cannot be read")
+    names = {line.strip() for line in text.split("\n")} - {""}
+    if len(names) < 2:
+        raise Mistake(f"--classes {given}: names {len(names)} classes; expected two or more")
+    return sorted(names)
 
 
 def labelled(images, where: str):
@@ -326,10 +333,9 @@ def with_classes_of(train, val, where: str):
 
 def digest(images) -> str:
     """12 hex digits that tell the names of a source's images, wherever its folder lies."""
-    root = getattr(images, "root", "")
-    names = [images.name(i)[len(root):] + "\n" for i in range(len(images))]
-    names = "".join(names).encode(errors="surrogateescape")
-    return hashlib.blake2b(names, digest_size=6).hexdigest()
+    start = len(getattr(images, "root", ""))
+    names = "".join(images.name(i)[start:] + "\n" for i in range(len(images)))
+    return hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=6).hexdigest()
 
 
 # ------------------------------------------------- loaders
@@ -343,7 +349,7 @@ class CentreCrop(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, int, bool]:
-        label = -1 if self.images.labels is None else self.images.labels[i]
+        label = self.images.labels[i] if self.images.labels else -1
         try:
             image = centre_crop(self.images.read(i), self.size)
         except BadImage:
@@ -379,10 +385,9 @@ class Views(Dataset):
 
 
 def share_of_epoch(n: int, per_step: int, seed: int, epoch: int, step: int = 0) -> list[tuple[int, int]]:
-    """What this rank sees of an epoch from a step on, as (epoch, index).  Whole global batches only.
-
-    A step takes the next W*B of the permuted images, and rank r the r-th B of these, B = per_step: the global
-    batch is the same for any number of ranks."""
+    """What this rank sees of an epoch from a step on, as (epoch, index).  Whole global batches only: a step
+    takes the next W*B of the permuted images, and rank r the r-th B of these, B = per_step.  The global batch
+    is the same for any number of ranks."""
     ranks = distributed.world_size()
     steps = n // (per_step * ranks)
     order = torch.randperm(n, generator=generator_of(seed, "order", epoch))
@@ -393,10 +398,8 @@ def share_of_epoch(n: int, per_step: int, seed: int, epoch: int, step: int = 0) 
 
 class Batches:
     """The batches of a training run: epochs, accumulation and the place of a resume are kept here.
-
-        for step, batches in Batches(views, 48, accum=1, workers=8).steps(first, last): ...
-
-    `batches`: a list of `accum` dicts of tensors.  Raises LoaderDied, and Mistake for less than one step."""
+    Its `steps` give, for each step, a list of `accum` dicts of tensors.  Raises LoaderDied, and Mistake for
+    less than one step."""
 
     def __init__(self, views: Views, batch_size: int, accum: int = 1, workers: int = 0, pin: bool = False):
         self.accum = accum
@@ -407,10 +410,12 @@ class Batches:
             raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size "
                           f"(now {batch_size} per rank, {ranks} ranks)")
         self.share = partial(share_of_epoch, len(views), batch_size * accum, views.seed)
-        self.items: list[tuple[int, int]] = []         # of the epoch
-        self.loader = DataLoader(views, batch_size, sampler=self.items, num_workers=workers, pin_memory=pin,
-                                 persistent_workers=workers > 0, worker_init_fn=init_worker,
-                                 prefetch_factor=4 if workers else None)
+        self.items = []                                # (epoch, index) of what is left of the epoch
+        self.loader = DataLoader(
+            views, batch_size, sampler=self.items, pin_memory=pin,
+            num_workers=workers, worker_init_fn=init_worker,
+            persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+        )
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[dict]]]:
         """(step, batches) from step `first` to before `last`, counted over the whole run."""

@@ -21,7 +21,6 @@ Writes OUT/SEQUENCE/FRAME.png (palette), options.json beside them so that a run 
 with several checkpoints OUT/NAME/... for each.
 Shapes: h x w tokens of a frame, D width, M context frames, C = 1 + objects, H x W pixels; for a band of rows
 Q queries, L keys per frame, g places."""
-import argparse
 import json
 import re
 import time
@@ -42,11 +41,11 @@ import videos
 from checkpoint import digest, open_backbone, short_name
 from clicks import patch_features
 from distributed import is_main, say
-from figure import voc_palette
+from figure import Array, voc_palette
 from images import Unreadable, normalize, to_device
 from model import ViT
-from run import Mistake, writing
-from videos import NAMES, Clip, few, mean_of, object_numbers, quantity, read_frames, score
+from run import Mistake, count, plural, writing
+from videos import NAMES, Clip, few, mean_of, object_numbers, read_frames, score
 
 PROTOCOL = ["n_last_frames", "size_mask_neighborhood", "topk", "temp", "size", "size_multiple", "block"]
 IDLE = {                # options that have no effect beside another
@@ -60,8 +59,12 @@ BAND = 8                # rows of queries at a time: their keys are a view, thei
 
 # ------------------------------------------------- propagation
 def propagate(
-    query: Tensor, keys: Tensor, labels: Tensor,
-    radius: int = 12, topk: int = 5, temp: float = 0.1,
+    query: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    radius: int = 12,
+    topk: int = 5,
+    temp: float = 0.1,
 ) -> Tensor:
     """Soft labels of one frame from those of its context frames.
 
@@ -124,10 +127,7 @@ def propagate_band(query, keys, labels, top, radius, topk, temp, places):
     return mixed, (value[:, -1:] < kth).all()
 
 
-def frame_size(
-    height: int, width: int,
-    size: int, multiple: int, patch: int,
-) -> tuple[int, int]:
+def frame_size(height: int, width: int, size: int, multiple: int, patch: int) -> tuple[int, int]:
     """Pixels (height, width) to which a frame is resized: short side `size` and long side in proportion,
     floored to a multiple of the patch and to the largest multiple of the patch within `multiple`."""
     short = max(1, size // patch) * patch
@@ -145,10 +145,7 @@ def frame_features(vit: ViT, frame: Tensor, size: tuple[int, int], block: int) -
     return z.unflatten(0, vit.patch_embed.grid(*size))
 
 
-def harden(
-    labels: Tensor, patch: int,
-    ids: np.ndarray, size: tuple[int, int],
-) -> np.ndarray:
+def harden(labels: Tensor, patch: int, ids: Array, size: tuple[int, int]) -> Array:
     """(h, w, C) soft labels -> (H, W) uint8 object numbers: bilinear to pixels, each channel stretched to
     [0, 1], the largest wins, nearest to `size`.  A channel without contrast becomes 1, or stays 0.  Of
     channels that tie, the first wins."""
@@ -171,11 +168,17 @@ def resized(mask, size):
 
 @torch.no_grad()
 def track(
-    vit: ViT, frames: Iterable[Tensor], first: np.ndarray,
-    n_last_frames: int = 7, size_mask_neighborhood: int = 12,
-    topk: int = 5, temp: float = 0.1,
-    size: int = 480, size_multiple: int = 64, block: int = -1,
-) -> Iterator[np.ndarray]:
+    vit: ViT,
+    frames: Iterable[Tensor],
+    first: Array,
+    n_last_frames: int = 7,
+    size_mask_neighborhood: int = 12,
+    topk: int = 5,
+    temp: float = 0.1,
+    size: int = 480,
+    size_multiple: int = 64,
+    block: int = -1,
+) -> Iterator[Array]:
     """The masks (H, W) uint8 of a video's frames, from that of the first, which comes out as it went in.
 
     frames: (3, H, W) uint8, all of one size, taken one at a time.  first: (H, W) uint8, 0 = background.
@@ -249,14 +252,13 @@ def write_masks(clip: Clip, entry: Entry, overwrite: bool, unreadable: Unreadabl
     paths = [folder / f"{frame.stem}.png" for frame in clip.frames]
     there = [path for path in paths if path.is_file()]
     if there and not overwrite:
-        stored = run.read_lines(about)
-        before = stored[-1] if stored else {}
+        before = [{}, *run.read_lines(about)][-1]                      # {} for masks of others
         differ = []
         for name, value in options.items():
             if before.get(name) != value:
                 differ.append(f"{name} {before.get(name)}, now {value}")
         if differ:
-            why = few(differ) if stored else "not by davis.py"
+            why = few(differ) if before else "not by davis.py"
             raise Mistake(f"{folder}: masks made otherwise ({why}): give --overwrite or another --output_dir")
         if before["done"] and there == paths:
             for name in before["unreadable"]:
@@ -300,24 +302,25 @@ def run_one(args, clips: list[Clip], entry: Entry, device: torch.device) -> None
     start = time.perf_counter()
     frames = sum(len(clip.frames) for clip in clips)
     unreadable = Unreadable(frames, args.max_bad)
-    share = {}
+    found = {}
     for clip in clips[distributed.rank()::distributed.world_size()]:
-        share[clip.name] = one_video(args, clip, entry, unreadable)
-        say(share[clip.name][1])
-    shares = distributed.everywhere((share, unreadable.names))
+        found[clip.name] = one_video(args, clip, entry, unreadable)
+        say(found[clip.name][1])
+    shares = distributed.everywhere((found, unreadable.names))
     if not is_main():
         return
 
-    rows = {}
-    unreadable = Unreadable(frames, args.max_bad)
-    for share, names in shares:
-        for name, (found, line) in share.items():
-            rows[name] = found
-            if share is not shares[0][0]:                              # rank 0 has said its own
-                say(line)
+    for others, names in shares[1:]:                                   # rank 0 has said its own
+        found = found | others
+        for _, line in others.values():
+            say(line)
         for name in names:
             unreadable.note(name)
-    scored = {clip.name: rows[clip.name] for clip in clips if rows[clip.name]}
+    scored = {}
+    for clip in clips:
+        rows, _ = found[clip.name]
+        if rows:
+            scored[clip.name] = rows
     if scored:
         seconds = time.perf_counter() - start
         say_and_record(args, clips, entry, scored, unreadable, seconds, device)
@@ -342,14 +345,14 @@ def say_and_record(args, clips, entry, scored, unreadable, seconds, device):
         metrics=overall | unreadable.for_json() | {"objects": objects},
         seconds=seconds, device=device,
     )
-    counted = f"{quantity(len(scored), 'sequence')}, {quantity(len(objects), 'object')}"
+    counted = f"{plural(len(scored), 'sequence')}, {plural(len(objects), 'object')}"
     say(f"{args.split}: {counted}; percent, mean over the objects")
     say("  ".join(NAMES))
     say("  ".join(f"{overall[name]:{len(name)}.1f}" for name in NAMES))
 
 
 # ------------------------------------------------- the command
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     device = run.begin(args)
     out = Path(args.output_dir)
     run.check_outputs(args, "json")
@@ -384,7 +387,7 @@ def open_entries(args, out: Path, device: torch.device) -> list[Entry]:
     return list(entries.values())
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+def get_args(argv=None):
     p = run.Parser(description=__doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", **run.SHARED["ckpt"] | {"required": False})
@@ -404,10 +407,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
            help="frames of context besides the first, those just before (DINO: 7)")
     option("--size_mask_neighborhood", type=run.at_least(0), default=12,
            help="reach of the votes to each side, in tokens (DINO: 12); 0: the whole frame")
-    option("--topk", type=run.at_least(1), default=5, help="context tokens that vote (DINO: 5)")
+    option("--topk", type=count, default=5, help="context tokens that vote (DINO: 5)")
     option("--temp", type=run.above(0.0), default=0.1, help="of the votes, exp(cos / temp) (DINO: 0.1)")
-    option("--size", type=run.at_least(1), default=480, help="short side of a resized frame (DINO: 480)")
-    option("--size_multiple", type=run.at_least(1), default=64,
+    option("--size", type=count, default=480, help="short side of a resized frame (DINO: 480)")
+    option("--size_multiple", type=count, default=64,
            help="the long side is floored to a multiple of it, in pixels; lower it with a small --size")
     option("--block", type=int, default=-1, help="block whose tokens are compared, from 1; -1: the last")
     shared = "checkpoint_key num_heads device precision json max_bad output_dir"

@@ -5,7 +5,7 @@ lightly.  It looks at keys and shapes, never at the name of the file, and it is 
 backbone that is missing, unknown, of another shape or not finite is a Mistake, so that random weights are
 never evaluated.  The number of heads is the one thing that shapes do not tell; see `count_heads`.
 
-A `state` is a dict of tensors by timm's names.  Shapes: N patches, R registers, D width, P patch size."""
+A `State` is a dict of tensors by timm's names.  Shapes: N patches, R registers, D width, P patch size."""
 import argparse
 import math
 import re
@@ -17,6 +17,7 @@ from torch import Tensor
 from model import ViT
 from run import Mistake
 
+State = dict[str, Tensor]
 TEACHERS = ["teacher", "target", "momentum", "ema"]    # words in a name; the first ones are preferred
 WRAPPERS = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 PATCH_EMBED = re.compile(r"(|.*\.)patch_embed\.proj\.weight")
@@ -32,6 +33,7 @@ HEADS = {
     1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16,
 }
 TWELVE_HEADS = {192: "MAE-Lite", 384: "MoCo-v3"}       # who has 12 at a width where 3 or 6 are usual
+SIZES = ("img_size", "patch_size", "embed_dim", "depth", "reg_tokens")     # what shapes tell of a ViT
 DEEPEST = 9                                            # dicts in dicts; one that holds itself must end
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Networks that this ViT is not, by a key of theirs.
@@ -64,24 +66,23 @@ def build(content: dict, checkpoint_key: str | None, num_heads: int | None) -> t
     and dropped keys, heads.  Raises Mistake that says what is wrong, without the file's name."""
     found = find_backbones(content)
     name = choose(content, found, checkpoint_key)
-    under, beside = found[name]
+    under, beside = found.pop(name)
     state, dropped = select(under)
     state = fold_prefix(state)
     config = read_config(content, state)
-    config["num_heads"], reason = count_heads(content, name, state, num_heads)
+    H, reason = count_heads(content, name, state, num_heads)
     with torch.device("meta"):                         # no memory and no random numbers: all is replaced
-        vit = ViT(**config)
+        vit = ViT(**config, num_heads=H)
     check_keys(vit.state_dict(), state)
     vit.load_state_dict(state, assign=True)
     vit.eval().requires_grad_(False)
 
     P = config["patch_size"]
     S = config["img_size"]
-    H = config["num_heads"]
     dropped += beside
-    others = [f"'{other}'" for other in found if other != name]
     report = f"{method(content)}, weights of '{name}'"
-    if others:
+    if found:
+        others = [f"'{other}'" for other in found]
         report += f" (not of {', '.join(others)})"
     report += f", {len(state)} keys matched, {len(dropped)} dropped"
     if dropped:
@@ -108,8 +109,7 @@ def method(content: dict) -> str:
 def is_ours(content: dict) -> bool:
     """Whether a file has our "arch", the arguments of ViT()."""
     arch = content.get("arch")
-    needed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "reg_tokens"}
-    return isinstance(arch, dict) and needed <= arch.keys()
+    return isinstance(arch, dict) and {*SIZES, "num_heads"} <= arch.keys()
 
 
 # ------------------------------------------------- where the weights are
@@ -125,24 +125,27 @@ def walk(content: dict) -> Iterator[tuple[str, dict]]:
                 places.append((f"{place}{key}/", value))
 
 
-def find_backbones(content: dict) -> dict[str, tuple[dict[str, Tensor], list[str]]]:
+def find_backbones(content: dict) -> dict[str, tuple[State, list[str]]]:
     """Every place that holds a patch embedding is a backbone.  Returns for its name, such as
     'teacher/backbone': (the tensors under it, keys of the tensors beside it)."""
     found = {}
     for place, inner in walk(content):
         tensors = unwrapped(inner)
-        for key in tensors:
-            match = PATCH_EMBED.fullmatch(key)
-            if match:
-                prefix = match[1]
-                under = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                beside = [k for k in tensors if not k.startswith(prefix)]
-                name = (place + prefix).rstrip("/.")
-                found[name or "flat file"] = (under, beside)
+        prefixes = [match[1] for match in map(PATCH_EMBED.fullmatch, tensors) if match]
+        for prefix in prefixes:
+            under = {}
+            beside = []
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    under[key.removeprefix(prefix)] = value
+                else:
+                    beside.append(key)
+            name = (place + prefix).rstrip("/.") or "flat file"
+            found[name] = (under, beside)
     return found
 
 
-def unwrapped(inner: dict) -> dict[str, Tensor]:
+def unwrapped(inner: dict) -> State:
     """The tensors of a dict, without the names that torch's wrappers put into their keys; a name that would
     then be there twice stays as it is."""
     tensors = {}
@@ -172,7 +175,10 @@ def choose(content: dict, found: dict, checkpoint_key: str | None) -> str:
 
 def rank_of(name: str) -> int:
     words = re.split(r"[/._]", name)
-    return min((i for i, teacher in enumerate(TEACHERS) if teacher in words), default=len(TEACHERS))
+    for rank, teacher in enumerate(TEACHERS):
+        if teacher in words:
+            return rank
+    return len(TEACHERS)
 
 
 def refuse_other_network(keys: Iterable[str]) -> None:
@@ -185,14 +191,19 @@ def refuse_other_network(keys: Iterable[str]) -> None:
 
 def summary(keys: Iterable[str]) -> list[str]:
     """Key names by their first part: ['head.*', 'mask_token']."""
-    return sorted({k.split(".")[0] + (".*" if "." in k else "") for k in keys})
+    parts = set()
+    for key in keys:
+        first, dot, _ = key.partition(".")
+        parts.add(f"{first}.*" if dot else first)
+    return sorted(parts)
 
 
 # ------------------------------------------------- the weights in our layout
-def select(under: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def select(under: State) -> tuple[State, list[str]]:
     """Part the backbone, in timm's names, from the keys of heads, decoders and mask tokens."""
     refuse_other_network(under)
-    state, dropped = {}, []
+    state = {}
+    dropped = []
     for key, value in under.items():
         name = key
         for pattern, to in RENAMES:
@@ -215,7 +226,7 @@ def as_float32(key: str, value: Tensor) -> Tensor:
     return value.detach().float().contiguous()
 
 
-def fold_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_prefix(state: State) -> State:
     """Bring position embeddings of other layouts to ours, (1, 1 + N, D) with CLS first and registers without
     position: timm's without CLS gets a zero row, those of registers and of DeiT's distillation token are
     added to the tokens."""
@@ -245,30 +256,33 @@ def is_square(n: int) -> bool:
 
 
 # ------------------------------------------------- the arguments of ViT()
-def read_config(content: dict, state: dict[str, Tensor]) -> dict:
+def read_config(content: dict, state: State) -> dict:
     """Arguments of ViT() from the shapes of its weights, without the heads.  Raises Mistake where the file's
     own "arch" or options say something else."""
     D, _, _, P = state["patch_embed.proj.weight"].shape
     N = state["pos_embed"].shape[1] - 1
     refuse_oblong(content, N, P)
-    blocks = {k.split(".")[1] for k in state if re.match(r"blocks\.\d+\.", k)}
+    blocks = {key.split(".")[1] for key in state if re.match(r"blocks\.\d+\.", key)}
     if not blocks:
         raise Mistake("not a plain ViT: it has no blocks.0 ...")
     hidden = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * D)).numel()
     fc2 = state.get("blocks.0.mlp.fc2.weight", torch.empty(D, hidden))
     if hidden * D == 2 * fc2.numel():
         raise Mistake("not a plain ViT: its MLP is gated (SwiGLU)")
+    mlp_ratio = hidden / D
+    if int(D * mlp_ratio) != hidden:                   # ViT() rounds down
+        mlp_ratio = (hidden + 0.5) / D
     config = {
         "img_size": P * math.isqrt(N),
         "patch_size": P,
         "embed_dim": D,
         "depth": len(blocks),
-        "mlp_ratio": hidden / D if int(D * (hidden / D)) == hidden else (hidden + 0.5) / D,
+        "mlp_ratio": mlp_ratio,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
     }
     if is_ours(content):
-        for key in ("img_size", "patch_size", "embed_dim", "depth", "reg_tokens"):
+        for key in SIZES:
             said = content["arch"][key]
             if said != config[key]:
                 raise Mistake(f"its arch says {key} {said}, its weights say {config[key]}")
@@ -288,8 +302,7 @@ def refuse_oblong(content: dict, N: int, P: int) -> None:
                                       "are read")
 
 
-def count_heads(content: dict, name: str, state: dict[str, Tensor],
-                num_heads: int | None) -> tuple[int, str]:
+def count_heads(content: dict, name: str, state: State, num_heads: int | None) -> tuple[int, str]:
     """The number of heads, and why: the file's own "arch", --num_heads, MoCo-v3's marks, or the table HEADS.
     Raises Mistake where none of them tells."""
     D = len(state["patch_embed.proj.weight"])
@@ -325,20 +338,25 @@ def sine_cosine(pos_embed: Tensor) -> str | None:
     waves = pos_embed[:, 1:].unflatten(-1, (2, 2, D // 4))             # (1, N, axis, sine and cosine, D/4)
     if not torch.allclose(waves.square().sum(-2), torch.ones(()), atol=0.01):
         return None
-    first, second = waves[:, 0:1, 0], waves[:, 1:2, 0]                 # two patches of the first row
+    first = waves[:, 0:1, 0]
+    second = waves[:, 1:2, 0]                                          # the next patch of the first row
     return "rows" if torch.allclose(first, second, atol=0.01) else "columns"
 
 
-def check_keys(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def check_keys(expected: State, state: State) -> None:
     """Raises Mistake that names the backbone's keys that are missing, unknown, misshapen or not finite."""
+    misshapen = []
+    for key, tensor in expected.items():
+        found = state.get(key, tensor)
+        if found.shape != tensor.shape:
+            misshapen.append(f"{key} {tuple(found.shape)} for {tuple(tensor.shape)}")
     complaints = {
-        "lacks": [k for k in expected if k not in state],
-        "has unknown": [k for k in state if k not in expected],
-        "has another shape in": [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-                                 for k, v in expected.items() if k in state and state[k].shape != v.shape],
-        "is not finite in": [k for k, v in state.items() if not v.isfinite().all()],
+        "lacks": [key for key in expected if key not in state],
+        "has unknown": [key for key in state if key not in expected],
+        "has another shape in": misshapen,
+        "is not finite in": [key for key, value in state.items() if not value.isfinite().all()],
     }
     for what, keys in complaints.items():
         if keys:
-            shown = ", ".join(keys[:4]) + (" ..." if len(keys) > 4 else "")
+            shown = ", ".join(keys[:4]) + " ..." * (len(keys) > 4)
             raise Mistake(f"not a plain ViT: the backbone {what} {len(keys)} keys: {shown}")

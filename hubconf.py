@@ -20,7 +20,7 @@ def load(path: str, checkpoint_key: str | None = None, num_heads: int | None = N
 
 def mmc_mini():
     """Our small network, trained with MMC.  Raises Mistake where mmc.pth is not beside this file."""
-    return load(str(pathlib.Path(__file__).parent / "mmc.pth"))
+    return load(str(pathlib.Path(__file__).with_name("mmc.pth")))
 
 
 mmc_micro = mmc_mini                           # the box has had a smaller one of this name

@@ -2,9 +2,10 @@
 
 Images are tensors (3, H, W) of uint8, RGB, until `normalize` makes float32 of them for a network.  A file
 that cannot be read is a BadImage."""
-import os
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 import distributed
 from run import Mistake
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .avif .tif .tiff .ppm .pgm".split())
 ROOM = 256 / 224                               # short side of an image before the crop, in sides of the crop
 MAX_PIXELS = 178_956_970                       # Pillow's own limit for a decompression bomb
@@ -26,15 +28,15 @@ class BadImage(Mistake):
     """A file that is not a readable image; the message names it."""
 
 
+@dataclass
 class Unreadable:
     """The one rule for images that an evaluation cannot read: they are counted, named and left out, and more
-    than the share `max_bad` of `total` ends the script."""
+    than the share `max_bad` of `total` ends the script.  names: of each its name, or a message with it."""
+    total: int
+    max_bad: float
+    names: list[str] = field(default_factory=list)
 
-    def __init__(self, total: int, max_bad: float):
-        self.total, self.max_bad = total, max_bad
-        self.names: list[str] = []
-
-    def note(self, name: str) -> None:
+    def note(self, name: str | Path) -> None:
         """One more.  Raises Mistake when there are too many."""
         self.names.append(str(name))
         if len(self.names) > self.max_bad * self.total:
@@ -57,9 +59,9 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 @lru_cache
-def constants(device: torch.device) -> list[Tensor]:
-    """ImageNet's mean and deviation, (3, 1, 1) each; kept, as every copy to CUDA would be waited for."""
-    return [torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)]
+def constants(device: torch.device) -> Tensor:
+    """ImageNet's mean and deviation, (2, 3, 1, 1); kept, as every copy to CUDA would be waited for."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[..., None, None]
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -77,9 +79,10 @@ def denormalize(x: Tensor) -> Tensor:
 
 def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
     """(3, H, W) uint8 -> (3, *size) uint8, antialiased."""
-    if tuple(image.shape[1:]) == tuple(size):
+    size = tuple(size)
+    if image.shape[1:] == size:
         return image
-    return F.interpolate(image[None], size=tuple(size), mode=mode, antialias=True)[0]
+    return F.interpolate(image[None], size, mode=mode, antialias=True)[0]
 
 
 def resize_short(image: Tensor, short: int, mode: str = "bicubic") -> Tensor:
@@ -96,25 +99,27 @@ def centre_crop(image: Tensor, size: int, short: int | None = None) -> Tensor:
         short = round(size * ROOM)
     H, W = image.shape[1:]
     longest = 4 * min(H, W)                    # a strip is cut first, or millions of its pixels were resized
-    top, left = max(0, H - longest) // 2, max(0, W - longest) // 2
+    top = max(0, H - longest) // 2
+    left = max(0, W - longest) // 2
     image = resize_short(image[:, top:H - top, left:W - left], short)
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    H, W = image.shape[1:]
+    top = (H - size) // 2
+    left = (W - size) // 2
     return image[:, top:top + size, left:left + size]
 
 
 def crop_size(patch: int, size: int | None) -> int:
     """Pixels of a crop's side: `size`, or 224 floored to whole patches.  Raises Mistake."""
-    if size is None:
-        return max(1, 224 // patch) * patch
-    if size % patch:
-        raise Mistake(f"--size {size} is not a multiple of the patch size {patch} of the network: try "
-                      f"{max(1, size // patch) * patch}")
-    return size
+    whole = max(1, (size or 224) // patch) * patch
+    if size and size != whole:
+        raise Mistake(f"--size {size} is not a multiple of the patch size {patch} of the network: "
+                      f"try {whole}")
+    return whole
 
 
 # ------------------------------------------------- one file
 @contextmanager
-def decoding(path: str | os.PathLike):
+def decoding(path: str | Path):
     """Around a decoder, which raises OSError, SyntaxError, RuntimeError, struct.error, ... for a bad file."""
     try:
         yield
@@ -123,7 +128,7 @@ def decoding(path: str | os.PathLike):
         raise BadImage(f"{path}: not a readable image ({type(e).__name__}: {why})") from e
 
 
-def read_image(path: str | os.PathLike, upright: bool = True) -> Tensor:
+def read_image(path: str | Path, upright: bool = True) -> Tensor:
     """Any image file -> (3, H, W) uint8 RGB; grey, palette, CMYK, alpha and deep images are converted.
 
     upright: turn a photo by its EXIF tag.  Masks describe the pixels as they are stored: where there are
@@ -134,8 +139,7 @@ def read_image(path: str | os.PathLike, upright: bool = True) -> Tensor:
             import torchvision  # its decoder is three times as fast as Pillow's
             if hasattr(torchvision.io, "decode_jpeg"):
                 content = torch.from_numpy(np.fromfile(path, np.uint8))
-                return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB,
-                                                  apply_exif_orientation=upright)
+                return torchvision.io.decode_jpeg(content, "RGB", apply_exif_orientation=upright)
         image.load()
     return pil_to_tensor(image, upright, str(path))
 
@@ -167,15 +171,16 @@ def pil_to_tensor(image: Image.Image, upright: bool = True, name: str = "image")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def read_numbers(path: str | os.PathLike) -> np.ndarray:
+def read_numbers(path: str | Path) -> np.ndarray:
     """A palette, grey or 1-bit image of class or object numbers -> (H, W) integers.
 
     Grey that was saved as RGB, or with alpha, is accepted.  Raises BadImage for colours and fractions."""
     with decoding(path):
         numbers = np.array(Image.open(path))
     if numbers.ndim == 3:
-        channels = numbers[..., :3] if numbers.shape[2] > 2 else numbers[..., :1]
-        if (channels != numbers[..., :1]).any():
+        grey = numbers[..., :1]
+        colours = numbers[..., :3]
+        if numbers.shape[2] > 2 and (colours != grey).any():           # of two, the second is alpha
             raise BadImage(f"{path}: has colours; expected a palette or grey PNG of numbers")
         numbers = numbers[..., 0]
     if numbers.dtype.kind == "f":

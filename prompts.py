@@ -13,9 +13,9 @@ pixels; a stretched image has S x S pixels, g x g whole patches and G x G tokens
 stride is below the patch size."""
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -37,21 +37,22 @@ BINS = 200                                     # of the densities, over [-1, 1]
 Features = Callable[[Tensor], Tensor]          # (B, 3, S, S) uint8 -> (B, N, D) L2-normalised, on the CPU
 
 
-def network_features(vit: ViT, device: torch.device, block: int = -1) -> Features:
+def network_features(vit: ViT, device: torch.device) -> Features:
     """The tokens of a network, for `prompt_table`."""
     def features(images: Tensor) -> Tensor:
         x = normalize(to_device(images, device))
-        return patch_features(vit, x, block).cpu()
+        return patch_features(vit, x).cpu()
     return features
 
 
 # ------------------------------------------------- where prompts are
 def draw_points(inside: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """(Q, N) bool -> (Q, n) random tokens of each mask, distinct while it has more; the first stay."""
+    """(Q, N) bool -> (Q, n) random tokens of each mask.  One with fewer than n gives them again, in the same
+    order; the first points do not depend on n."""
     luck = torch.rand(inside.shape, generator=generator)
-    order = (luck + inside).argsort(1, descending=True)
+    order = (luck + inside).argsort(1, descending=True)                # those of the mask are above 1: first
     size = inside.sum(1, keepdim=True).clamp(1)
-    return order.gather(1, torch.arange(n)[None] % size)
+    return order.gather(1, torch.arange(n) % size)
 
 
 def centre_point(inside: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -82,15 +83,15 @@ def pair_counts(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     sums (2,); first of pairs with the same label (intra), then of others (inter).
 
     z: (N, D).  labels: (N,), -1 = none."""
-    z = z[labels >= 0]
-    labels = labels[labels >= 0]
+    known = labels >= 0
+    z = z[known]
+    labels = labels[known]
     i, j = torch.triu_indices(len(z), len(z), 1)
     cosine = (z @ z.T)[i, j]
     differ = (labels[i] != labels[j]).long()
     bins = ((cosine + 1) * BINS / 2).long().clamp(0, BINS - 1)
     counts = torch.bincount(bins + BINS * differ, minlength=2 * BINS)
-    sums = torch.zeros(2, dtype=torch.float64)
-    sums.index_add_(0, differ, cosine.double())
+    sums = torch.bincount(differ, cosine.double(), minlength=2)
     return counts.view(2, BINS), sums
 
 
@@ -140,16 +141,19 @@ class Prepared(NamedTuple):
 
 
 class PromptScenes(Dataset):
-    """Scenes, brought to the grids of the protocol in the loader's processes."""
+    """Scenes, brought to the grids of the protocol in the loader's processes.  left_out: what is no target,
+    by the reason."""
 
-    def __init__(self, scenes: Scenes, protocol: Protocol, patch_size: int):
+    def __init__(self, scenes: Scenes, protocol: Protocol, patch_size: int, max_bad: float = 0.01):
         self.scenes = scenes
+        self.left_out = Counter(scenes.left_out)
+        self.unreadable = Unreadable(len(scenes), max_bad)
         self.pixel_truth = protocol.truth == "pixel"
         self.size = protocol.size
         self.patch = patch_size
         self.stride = protocol.stride or patch_size
-        self.g = self.size // self.patch
-        self.G = (self.size - self.patch) // self.stride + 1
+        self.g = self.size // patch_size
+        self.G = (self.size - patch_size) // self.stride + 1
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -159,21 +163,35 @@ class PromptScenes(Dataset):
         name = self.scenes.name(i)
         empty = 0
         instances = []
+        unions = {}                                                    # {category: all of its objects}
         try:
             image = self.scenes.read(i)
             for category, mask in self.scenes.objects(i):
                 check_sides(name, image.shape[1:], mask.shape)
                 if mask.any():
                     instances.append(self.target(category, mask))
+                    unions[category] = unions.get(category, False) | mask
                 else:
                     empty += 1
-            classes = [self.target(*one) for one in self.scenes.classes(i).items()]
         except BadImage as e:
             return Prepared(name, unreadable=str(e))
         if not instances:
             return Prepared(name, empty=empty)
+        classes = [self.target(category, unions[category]) for category in sorted(unions)]
         image = resize(image, (self.size, self.size))
         return Prepared(name, image, {"class": classes, "instance": instances}, empty)
+
+    def prepared(self, num_workers: int = 0) -> Iterator[Prepared]:
+        """The images that have an object.  Counts the others, and raises Mistake for too many unreadable."""
+        loader = iter(DataLoader(self, None, num_workers=num_workers, worker_init_fn=init_worker))
+        for _ in tqdm(range(len(self)), self.scenes.title, unit="image", leave=False, disable=None):
+            scene = next_batch(loader)
+            if scene.unreadable:
+                self.unreadable.note(scene.unreadable)
+            if scene.empty:
+                self.left_out["objects of zero area"] += scene.empty
+            if scene.image is not None:
+                yield scene
 
     def target(self, category: str, mask: np.ndarray) -> Target:
         """(H, W) bool, on the grids."""
@@ -200,12 +218,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Result:
-    """The prompts and the pairs of a set of images.  images: how many have an object.  left_out: what is no
-    target, by the reason.  counts, sums: as of `pair_counts`."""
+    """The prompts and the pairs of a set of images.  images: how many have an object.  counts, sums: as of
+    `pair_counts`."""
     protocol: Protocol
-    scenes: Scenes
-    left_out: Counter
-    unreadable: Unreadable
+    grid: PromptScenes
     rows: list[Row] = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)
     counts: Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.long))
@@ -213,7 +229,11 @@ class Result:
     images: int = 0
     seconds: float = 0.0
 
-    def add(self, scene: Prepared, z: Tensor, grid: PromptScenes) -> None:
+    @property
+    def unreadable(self) -> Unreadable:
+        return self.grid.unreadable
+
+    def add(self, scene: Prepared, z: Tensor) -> None:
         """One more image, with its tokens z (N, D)."""
         self.images += 1
         cover = torch.stack([target.cover for target in scene.targets["class"]])
@@ -224,19 +244,20 @@ class Result:
         for kind, targets in scene.targets.items():
             large = [target for target in targets if target.inside.sum() >= self.protocol.min_patches]
             self.skipped[kind] += len(targets) - len(large)
-            if large:
-                generator = generator_of(self.protocol.seed, kind, scene.name)
-                found = self.prompt(large, z, grid, generator)
-                for target, scores in zip(large, found, strict=True):
-                    self.rows.append(Row(kind, scene.name, target.category, scores))
+            if not large:
+                continue
+            generator = generator_of(self.protocol.seed, kind, scene.name)
+            found = self.prompt(large, z, generator)
+            for target, scores in zip(large, found, strict=True):
+                self.rows.append(Row(kind, scene.name, target.category, scores))
 
-    def prompt(self, targets: list[Target], z: Tensor, grid: PromptScenes,
-               generator: torch.Generator) -> list[dict[str, float]]:
+    def prompt(self, targets: list[Target], z: Tensor, generator: torch.Generator) -> list[dict[str, float]]:
         """Row.iou of each of Q targets.
 
         Prompts are drawn on the grid of whole patches, seeded by the image's name, so that they stay the
         same at any stride, limit and batch size."""
         choice = self.protocol
+        grid = self.grid
         inside = torch.stack([target.inside for target in targets])    # (Q, g*g)
         truth = torch.stack([target.truth for target in targets])      # (Q, N), or (Q, S*S)
         points = draw_points(inside, choice.points, generator)
@@ -255,7 +276,7 @@ class Result:
             points = middle_pixels(points, grid.G, grid.patch, grid.stride)
             shape = (grid.size, grid.size)
         thresholds = {f"{t:.1f}": t for t in THRESHOLDS} | {"auto": auto}
-        scores = {}
+        scores = {}                                                    # of (Q,) each
         for name, t in thresholds.items():
             masks = maps >= t
             if choice.contiguous:
@@ -276,8 +297,9 @@ class Result:
         asked = self.asked()
         instances = [row for row in self.rows if row.target == "instance"]
         if not asked:
-            raise Mistake(f"{self.scenes.title}: no {self.protocol.target} of {self.protocol.min_patches} "
-                          f"or more patches in {len(self.scenes)} images")
+            scenes = self.grid.scenes
+            raise Mistake(f"{scenes.title}: no {self.protocol.target} of {self.protocol.min_patches} or more "
+                          f"patches in {len(scenes)} images")
         means = {
             "miou": mean_iou(asked, "image"),
             "miou_pairs": mean_iou(asked),
@@ -288,15 +310,17 @@ class Result:
         auto = {}
         everything = {}
         for name, mean in means.items():
-            means[name] = {k: round(v, 3) for k, v in mean.items()}
-            auto[name] = means[name].pop("auto")
-            everything[name] = means[name].pop("everything")
-        best = max(means["miou"], key=means["miou"].get)
+            for key, value in mean.items():
+                mean[key] = round(value, 3)
+            auto[name] = mean.pop("auto")
+            everything[name] = mean.pop("everything")
+        miou = means["miou"]
+        best = max(miou, key=miou.get)
         intra, inter = (self.sums / self.counts.sum(1)).tolist()
         return {
             **means,
             "best_threshold": float(best),
-            "best": means["miou"][best],
+            "best": miou[best],
             "auto": auto["miou"],
             "auto_others": auto,
             "everything": everything["miou"],
@@ -308,7 +332,7 @@ class Result:
             "n_prompts": len(asked),
             "n_skipped": self.skipped[self.protocol.target],
             "n_images": self.images,
-            "left_out": dict(self.left_out),
+            "left_out": dict(self.grid.left_out),
             **self.unreadable.for_json(),
             "images_per_s": round(self.images / self.seconds, 3),
         }
@@ -329,37 +353,30 @@ def prompt_table(features: Features, *given, **options) -> Result:
     return prompt_tables(lambda images: [features(images)], *given, **options)[0]
 
 
-def prompt_tables(features: Callable[[Tensor], list[Tensor]], scenes: Scenes, protocol: Protocol,
-                  patch_size: int, batch_size: int = 8, num_workers: int = 0,
-                  max_bad: float = 0.01) -> list[Result]:
+def prompt_tables(
+    features: Callable[[Tensor], list[Tensor]],
+    scenes: Scenes,
+    protocol: Protocol,
+    patch_size: int,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    max_bad: float = 0.01,
+) -> list[Result]:
     """`prompt_table` for several kinds of tokens in one pass, such as those of each block: `features`
     returns a list of them.  batch_size and num_workers do not change the result.
 
     Raises Mistake for broken annotations, and for more unreadable images than the share max_bad."""
-    grid = PromptScenes(scenes, protocol, patch_size)
-    loader = iter(DataLoader(grid, None, num_workers=num_workers, worker_init_fn=init_worker))
-    unreadable = Unreadable(len(scenes), max_bad)
-    left_out = Counter(scenes.left_out)
-    empty = partial(Result, protocol, scenes, left_out, unreadable)
-    results = []
-    batch = []
+    grid = PromptScenes(scenes, protocol, patch_size, max_bad)
+    images = grid.prepared(num_workers)
+    results = [Result(protocol, grid)]
     start = time.perf_counter()
-    for i in tqdm(range(len(scenes)), scenes.title, unit="image", leave=False, disable=None):
-        scene = next_batch(loader)
-        if scene.unreadable:
-            unreadable.note(scene.unreadable)
-        if scene.empty:
-            left_out["objects of zero area"] += scene.empty
-        if scene.image is not None:
-            batch.append(scene)
-        if len(batch) == batch_size or (batch and i == len(scenes) - 1):
-            tokens = features(torch.stack([scene.image for scene in batch]))
-            results = results or [empty() for _ in tokens]
-            for result, of_batch in zip(results, tokens, strict=True):
-                for scene, z in zip(batch, of_batch, strict=True):
-                    result.add(scene, z, grid)
-            batch = []
-    results = results or [empty()]
+    while batch := list(islice(images, batch_size)):
+        tokens = features(torch.stack([scene.image for scene in batch]))
+        while len(results) < len(tokens):
+            results.append(Result(protocol, grid))
+        for result, of_batch in zip(results, tokens, strict=True):
+            for scene, z in zip(batch, of_batch, strict=True):
+                result.add(scene, z)
     for result in results:
         result.seconds = time.perf_counter() - start
     return results

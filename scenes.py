@@ -17,18 +17,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import ToyImages, described
+from data import ToyImages, described, read_text
 from images import MAX_PIXELS, read_image, read_numbers
 from run import Mistake
 from toy import CLASSES
 
+Array = np.ndarray
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
              "person pottedplant sheep sofa train tvmonitor").split()
 VOC_VOID = 255
@@ -69,7 +69,7 @@ def decode_counts(text: str | bytes) -> list[int]:
     return counts
 
 
-def rle_mask(rle: dict) -> np.ndarray:
+def rle_mask(rle: dict) -> Array:
     """{"size": [H, W], "counts": list or compressed text} -> (H, W) bool.  Runs go down the columns, zeros
     first.  Raises ValueError where they do not fill H x W exactly."""
     h, w = rle["size"]
@@ -87,7 +87,7 @@ def rle_mask(rle: dict) -> np.ndarray:
 
 
 # ------------------------------------------------- polygons
-def cut(corners: np.ndarray, axis: int, sign: int, limit: float) -> np.ndarray:
+def cut(corners: Array, axis: int, sign: int, limit: float) -> Array:
     """The part of a polygon (n, 2) where sign * coordinate <= limit (Sutherland and Hodgman 1974)."""
     depth = limit - sign * corners[:, axis]
     if (depth >= 0).all():
@@ -102,7 +102,7 @@ def cut(corners: np.ndarray, axis: int, sign: int, limit: float) -> np.ndarray:
     return np.array(kept).reshape(-1, 2)
 
 
-def crossings(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def crossings(corners: Array) -> tuple[Array, Array]:
     """Where the edges of a ring (n, 2) cross the middle of a pixel column: the columns, and for each crossing
     the first row whose centre is below.
 
@@ -115,10 +115,10 @@ def crossings(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edge = np.repeat(np.arange(len(start)), steps)
     first = steps.cumsum() - steps
     step = np.arange(len(edge)) - first[edge]                          # 0, 1, ... along each edge
+    steps = steps[edge, None]
 
     def point(step):
-        rounded = (2 * delta[edge] * step[:, None] + steps[edge, None]) // (2 * steps[edge, None])
-        return start[edge] + rounded
+        return start[edge] + (2 * delta[edge] * step[:, None] + steps) // (2 * steps)
 
     a = point(step)
     b = point(step + 1)
@@ -127,7 +127,7 @@ def crossings(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (left[crosses] - 2) // FINE, (top[crosses] + 2) // FINE
 
 
-def polygon_mask(rings: list[list[float]], h: int, w: int) -> np.ndarray:
+def polygon_mask(rings: list[list[float]], h: int, w: int) -> Array:
     """Rings [x0, y0, x1, y1, ...] in pixels -> (H, W) bool, the union of their insides.
 
     A pixel is inside where the ray from its centre upwards crosses the ring an odd number of times; a ring of
@@ -154,11 +154,12 @@ def polygon_mask(rings: list[list[float]], h: int, w: int) -> np.ndarray:
         odd = np.zeros((row.max() - y + 1, column.max() - x + 1), bool)
         np.logical_xor.at(odd, (row - y, column - x), True)
         inside = np.logical_xor.accumulate(odd[:-1], axis=0)
-        mask[y:y + inside.shape[0], x:x + inside.shape[1]] |= inside
+        height, width = inside.shape
+        mask[y:y + height, x:x + width] |= inside
     return mask
 
 
-def segmentation_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
+def segmentation_mask(segmentation: list | dict, h: int, w: int) -> Array:
     """COCO's "segmentation" of either kind -> (H, W) bool.  One polygon may stand without the list around it.
     Raises ValueError for what is no segmentation, or is broken."""
     if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
@@ -166,9 +167,10 @@ def segmentation_mask(segmentation: list | dict, h: int, w: int) -> np.ndarray:
             raise ValueError(f"run lengths of size {segmentation['size']} in an image of {[h, w]}")
         return rle_mask(segmentation)
     rings = segmentation if isinstance(segmentation, list) else [None]
-    if len(rings) > 4 and not any(isinstance(ring, list) for ring in rings):           # four are a box
-        rings = [rings]
-    if not all(isinstance(ring, list) for ring in rings):
+    is_ring = [isinstance(ring, list) for ring in rings]
+    if len(rings) > 4 and not any(is_ring):                            # four numbers are a box
+        return polygon_mask([rings], h, w)
+    if not all(is_ring):
         raise ValueError("neither polygons nor run lengths (size and counts)")
     return polygon_mask(rings, h, w)
 
@@ -181,7 +183,7 @@ class Scenes:
         self.title = title
         self.categories = categories
         self.left_out = Counter()
-        self.files: list[Path] = []
+        self.files = []
 
     def __len__(self) -> int:
         return len(self.files)
@@ -194,11 +196,11 @@ class Scenes:
         """(3, H, W) uint8.  Raises BadImage."""
         return read_image(self.files[i], upright=False)
 
-    def objects(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
+    def objects(self, i: int) -> Iterator[tuple[str, Array]]:
         """The category and the mask (H, W) bool of each object; a mask may be empty."""
         raise NotImplementedError
 
-    def classes(self, i: int) -> dict[str, np.ndarray]:
+    def classes(self, i: int) -> dict[str, Array]:
         """{category: the union of its objects, (H, W) bool}, sorted by name."""
         unions = {}
         for category, mask in self.objects(i):
@@ -213,7 +215,7 @@ class Scenes:
     def set_files(self, files: list[Path]) -> None:
         """Raises Mistake where there are none, or some are not on this disk."""
         self.files = files
-        absent = [f for f in files if not os.path.isfile(f)]
+        absent = [file for file in files if not os.path.isfile(file)]
         if not files:
             raise Mistake(f"{self.title}: no image is listed")
         if absent:
@@ -241,11 +243,12 @@ def patch_cover(mask: Tensor, h: int, w: int, overlap: float = 1.0) -> Tensor:
 def shares(windows: int, pixels: int, overlap: float) -> Tensor:
     """(windows, pixels): which share of a window each pixel fills, along one side."""
     step = pixels / (windows - 1 + overlap)
+    size = overlap * step
     start = torch.arange(windows)[:, None] * step
     pixel = torch.arange(pixels)
     begin = torch.maximum(start, pixel)
-    end = torch.minimum(start + overlap * step, pixel + 1)
-    return (end - begin).clamp(0) / (overlap * step)
+    end = torch.minimum(start + size, pixel + 1)
+    return (end - begin).clamp(0) / size
 
 
 def majority(cover: Tensor) -> Tensor:
@@ -258,8 +261,10 @@ class Coco(Scenes):
     """DIR/annotations/instances_SPLIT.json with the images in DIR/SPLIT.  crowd: crowd regions are objects,
     too.  Raises Mistake for files that are missing, not COCO's, or broken."""
 
-    def __init__(self, root: str | Path, split: str = "val2017", crowd: bool = False,
-                 limit: int | None = None):
+    def __init__(
+        self, root: str | Path, split: str = "val2017",
+        crowd: bool = False, limit: int | None = None,
+    ):
         self.path = Path(root) / "annotations" / f"instances_{split}.json"
         content = read_coco(self.path)
         categories = by_id(self.path, content["categories"], "name")
@@ -273,9 +278,9 @@ class Coco(Scenes):
     def sort_annotations(self, annotations: list, images: dict, categories: dict, crowd: bool) -> None:
         """Keep those that are objects of our images, each with its category's name."""
         boxes = []
-        kept = 0
         for a in annotations:
             image_id = same_id(a["image_id"])
+            category = same_id(a.get("category_id"))
             where = f"annotation {a.get('id')} of image {image_id}"
             if image_id not in images:
                 self.left_out["annotations of unlisted images"] += 1
@@ -286,13 +291,12 @@ class Coco(Scenes):
             elif not a.get("segmentation"):
                 self.left_out["boxes without a mask"] += 1
                 boxes.append(where)
-            elif same_id(a.get("category_id")) not in categories:
-                raise Mistake(f"{self.path}: {where}: lacks, or does not know, {a.get('category_id')}")
+            elif category not in categories:
+                raise Mistake(f"{self.path}: {where}: lacks, or does not know, {category}")
             else:
-                name = categories[same_id(a["category_id"])]["name"]
+                name = categories[category]["name"]
                 self.annotations[image_id].append((name, where, a["segmentation"]))
-                kept += 1
-        if boxes and not kept:
+        if boxes and not any(self.annotations.values()):
             raise Mistake(f"{self.path}: {len(boxes)} objects have a box and no mask, such as {boxes[0]}: it "
                           "lacks a segmentation, which is needed here")
         if annotations and self.left_out["annotations of unlisted images"] == len(annotations):
@@ -302,7 +306,7 @@ class Coco(Scenes):
     def name(self, i: int) -> str:
         return self.images[i]["file_name"]                             # may name a folder, too
 
-    def objects(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
+    def objects(self, i: int) -> Iterator[tuple[str, Array]]:
         image = self.images[i]
         h = image.get("height")
         w = image.get("width")
@@ -319,10 +323,10 @@ class Coco(Scenes):
 def read_coco(path: Path) -> dict:
     """The content of an annotation file.  Raises Mistake."""
     if not os.path.exists(path):
-        found = glob("instances_*.json", root_dir=path.parent)
-        there = sorted(name[len("instances_"):-len(".json")] for name in found)
-        hint = (f"--split can be {', '.join(there)}" if there
-                else "expected DIR/annotations/instances_SPLIT.json and DIR/SPLIT/")
+        splits = sorted(found.stem[len("instances_"):] for found in path.parent.glob("instances_*.json"))
+        hint = "expected DIR/annotations/instances_SPLIT.json and DIR/SPLIT/"
+        if splits:
+            hint = f"--split can be {', '.join(splits)}"
         raise Mistake(f"{path}: no such file; {hint}")
     try:
         content = json.loads(path.read_bytes())                        # UTF-8 or -16, with a mark or without
@@ -372,7 +376,7 @@ class Voc(Scenes):
         self.class_masks = [mask for _, mask in pairs]
         self.set_files([image for image, _ in pairs])
 
-    def objects(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
+    def objects(self, i: int) -> Iterator[tuple[str, Array]]:
         path = self.class_masks[i]
         classes = read_numbers(path)
         objects_path = path.parent.with_name("SegmentationObject") / path.name
@@ -404,21 +408,19 @@ def read_voc_list(root: Path, split: str) -> list[tuple[Path, Path]]:
     if not os.path.exists(path):
         there = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise Mistake(f"{path}: no such file; --split can be {', '.join(there)}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    except OSError as e:
-        raise Mistake(f"{path}: cannot be read ({e.strerror})") from e
     pairs = []
-    for line in lines:
-        words = line.split()
-        if len(words) == 2:
-            image, mask = (root / word.lstrip("/") for word in words)
-            pairs.append((image, mask))
-        elif len(words) == 1:
-            image = root / "JPEGImages" / f"{words[0]}.jpg"
-            pairs.append((image, root / "SegmentationClass" / f"{words[0]}.png"))
-        elif words:
-            raise Mistake(f"{path}: {line!r}: expected a name, or the paths of an image and its mask")
+    for line in read_text(path, f"{path}: cannot be read").splitlines():
+        match line.split():
+            case [name]:
+                image = f"JPEGImages/{name}.jpg"
+                mask = f"SegmentationClass/{name}.png"
+            case [image, mask]:
+                pass
+            case []:
+                continue
+            case _:
+                raise Mistake(f"{path}: {line!r}: expected a name, or the paths of an image and its mask")
+        pairs.append((root / image.lstrip("/"), root / mask.lstrip("/")))
     return pairs
 
 
@@ -429,14 +431,11 @@ class ToyScenes(Scenes):
     def __init__(self, images: ToyImages, n: int | None = None):
         super().__init__(f"toy {images.split}", list(CLASSES))
         self.images = images
-        self.n = min(n or len(images), len(images))
+        self.files = range(len(images))[:n]                            # drawn, and not read
         self.read = images.read
         self.name = images.name
 
-    def __len__(self) -> int:
-        return self.n
-
-    def objects(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
+    def objects(self, i: int) -> Iterator[tuple[str, Array]]:
         scene = self.images.scene(i)
         for number, category in enumerate(scene.categories, start=1):
             yield CLASSES[category], scene.instances == number

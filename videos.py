@@ -5,7 +5,6 @@ official code: decay is right beyond 255 frames (there an index overflows), and 
 What is not there, or is no mask of object numbers, is a Mistake.
 
 Shapes: H x W pixels, T scored frames."""
-import argparse
 import csv
 import math
 import os
@@ -20,18 +19,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import walk
-from figure import voc_palette
+from data import counted, read_text, walk
+from figure import Array, voc_palette
 from images import BadImage, Unreadable, read_image, read_numbers
-from run import Mistake, writing
+from run import Mistake, plural, writing
 
+Numbers = dict[str, float]                     # the seven of the official evaluation, by NAMES
 NAMES = ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay"]
 MAX_OBJECT = 64                                # larger numbers in a mask are shades of grey
-LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif"}
-
-
-def quantity(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
 def few(names: list) -> str:
@@ -46,10 +42,10 @@ class Clip:
     name: str
     frames: list[Path]
     masks: list[Path]
-    first: np.ndarray
+    first: Array
 
     def about(self) -> str:
-        return f"{quantity(len(self.frames), 'frame')}, {quantity(self.objects(), 'object')}"
+        return f"{plural(len(self.frames), 'frame')}, {plural(self.objects(), 'object')}"
 
     def objects(self) -> int:
         return len(object_numbers(self.first))
@@ -57,11 +53,10 @@ class Clip:
 
 def described(where: str, clips: list[Clip], left_out: Counter) -> str:
     """The source's line: what there is, and what is left out by suffix."""
-    sequences = quantity(len(clips), "sequence")
-    frames = quantity(sum(len(clip.frames) for clip in clips), "frame")
-    objects = quantity(sum(clip.objects() for clip in clips), "object")
-    left = ", ".join(f"{n} {what}" for what, n in sorted(left_out.items()))
-    return f"{where}: {sequences}, {frames}, {objects}; left out: {left or 'nothing'}"
+    frames = sum(len(clip.frames) for clip in clips)
+    objects = sum(clip.objects() for clip in clips)
+    return (f"{where}: {plural(len(clips), 'sequence')}, {plural(frames, 'frame')}, "
+            f"{plural(objects, 'object')}; left out: {counted(left_out) or 'nothing'}")
 
 
 def images_in(folder: Path, left_out: Counter) -> list[Path]:
@@ -74,7 +69,7 @@ def images_in(folder: Path, left_out: Counter) -> list[Path]:
     return sorted(paths, key=order)
 
 
-def find_clips(args: argparse.Namespace, left_out: Counter) -> list[Clip]:
+def find_clips(args, left_out: Counter) -> list[Clip]:
     """The videos that the options name; files that are no images are counted.  Raises Mistake."""
     if args.video:
         folder = Path(args.video).resolve()
@@ -109,10 +104,8 @@ def find_clips(args: argparse.Namespace, left_out: Counter) -> list[Clip]:
 
 def sequences(listing: Path, chosen: list[str] | None) -> list[str]:
     """The names in a list of ImageSets, or those of them that are chosen.  Raises Mistake."""
-    try:
-        names = listing.read_text(encoding="utf-8-sig", errors="surrogateescape").split()
-    except OSError as e:
-        raise Mistake(f"{listing}: no such list; --davis holds JPEGImages, Annotations and ImageSets") from e
+    expected = "no such list; --davis holds JPEGImages, Annotations and ImageSets"
+    names = read_text(listing, f"{listing}: {expected}").split()
     unknown = sorted(set(chosen or []) - set(names))
     if unknown or not names:
         raise Mistake(f"{listing}: does not list {few(unknown) or 'any sequence'}")
@@ -155,7 +148,7 @@ def read_frames(clip: Clip, unreadable: Unreadable) -> Iterator[Tensor]:
         yield frame
 
 
-def read_mask(path: Path, binary: bool | None = None) -> np.ndarray:
+def read_mask(path: Path, binary: bool | None = None) -> Array:
     """A mask of object numbers -> (H, W) uint8.
 
     255 is object 1 if `binary`, else void, which is 0; by default it is object 1 if there is no other.
@@ -173,7 +166,7 @@ def read_mask(path: Path, binary: bool | None = None) -> np.ndarray:
     return np.where(mask == 255, int(binary), mask).astype(np.uint8)
 
 
-def object_numbers(mask: np.ndarray) -> list[int]:
+def object_numbers(mask: Array) -> list[int]:
     """The numbers in a mask (H, W) uint8, without the background's."""
     return np.setdiff1d(mask, 0).tolist()
 
@@ -206,7 +199,7 @@ def write_overlay(clip: Clip, folder: Path, out: Path) -> None:
 
 
 # ------------------------------------------------- two masks
-def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
+def jaccard(mask: Array, truth: Array) -> float:
     """J: intersection over union of two (H, W) bool masks; 1 if both are empty."""
     union = np.count_nonzero(mask | truth)
     if not union:
@@ -214,7 +207,7 @@ def jaccard(mask: np.ndarray, truth: np.ndarray) -> float:
     return np.count_nonzero(mask & truth) / union
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
+def boundary(mask: Array) -> Array:
     """Contours of (H, W) bools or numbers: where the right, lower or lower right neighbour differs."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right = mask != padded[:-1, 1:]
@@ -222,7 +215,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
     return right | lower | (mask != padded[1:, 1:])
 
 
-def boundary_f(mask: np.ndarray, truth: np.ndarray) -> float:
+def boundary_f(mask: Array, truth: Array) -> float:
     """F of two (H, W) bool masks: harmonic mean of the shares of each contour within ceil(0.008 * diagonal)
     pixels of the other; 1 if neither has a contour, 0 if one has none."""
     from scipy.spatial import cKDTree
@@ -242,7 +235,7 @@ def boundary_f(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 # ------------------------------------------------- one object of a video
-def statistics(values: np.ndarray) -> tuple[float, float, float]:
+def statistics(values: Array) -> tuple[float, float, float]:
     """Of (T,) frames: mean; recall = share above 0.5; decay = mean of the first quarter minus the last's.
     Neighbouring quarters share a frame, as in the official code."""
     edges = np.linspace(1, len(values), 5) + 1e-10
@@ -253,7 +246,7 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
     return values.mean(), recall, first_quarter.mean() - last_quarter.mean()
 
 
-def summary(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
+def summary(j: Array, f: Array) -> Numbers:
     """The seven official numbers of an object, as fractions, from its (T,) J and F."""
     overlap = statistics(j)
     contour = statistics(f)
@@ -262,14 +255,14 @@ def summary(j: np.ndarray, f: np.ndarray) -> dict[str, float]:
     return dict(zip(NAMES, numbers, strict=True))
 
 
-def mean_of(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+def mean_of(rows: Iterable[Numbers]) -> Numbers:
     """The mean of each of the seven numbers."""
     rows = list(rows)
     return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
 
 
 # ------------------------------------------------- all objects of a video
-def score(name: str, truth: list[Path], folder: Path) -> dict[str, dict[str, float]]:
+def score(name: str, truth: list[Path], folder: Path) -> dict[str, Numbers]:
     """Score the PNGs in `folder` against all annotations of a sequence but for the first and the last.
 
     Returns {"judo_1": the seven numbers, ...} of the objects of the first annotation.  Raises Mistake for
@@ -281,40 +274,36 @@ def score(name: str, truth: list[Path], folder: Path) -> dict[str, dict[str, flo
     if missing:
         raise Mistake(f"{folder}: {len(missing)} of {len(scored)} frames are missing: {few(missing)}")
 
-    j = np.zeros((len(objects), len(scored)))
-    f = np.zeros((len(objects), len(scored)))
-    for t, path in enumerate(scored):
+    scores = {number: [] for number in objects}                        # (T, 2): J and F
+    for path in scored:
         true = read_mask(path, binary)
         mask = read_mask(folder / path.name)
         if true.shape != mask.shape:
             raise Mistake(f"{folder / path.name}: height and width {mask.shape}, its truth {true.shape}")
-        for i, number in enumerate(objects):
-            j[i, t] = jaccard(mask == number, true == number)
-            f[i, t] = boundary_f(mask == number, true == number)
+        for number in objects:
+            pair = (mask == number, true == number)
+            scores[number].append([jaccard(*pair), boundary_f(*pair)])
+    return {f"{name}_{number}": summary(*np.array(found).T) for number, found in scores.items()}
 
-    return {f"{name}_{number}": summary(j[i], f[i]) for i, number in enumerate(objects)}
 
-
-def write_tables(out: Path, split: str, scored: dict[str, dict]) -> dict[str, dict]:
+def write_tables(out: Path, split: str, scored: dict[str, dict[str, Numbers]]) -> dict[str, dict]:
     """Write the official tables, as fractions, and return them: {table: {row: the seven numbers}}.
 
     scored: {sequence: {object: the seven numbers}}."""
-    sequences = {}
     objects = {}
-    for name, rows in scored.items():
-        sequences[name] = mean_of(rows.values())
+    for rows in scored.values():
         objects |= rows
     tables = {
         "global": {split: mean_of(objects.values())},
         "per-object": objects,
-        "per-sequence": sequences,
+        "per-sequence": {name: mean_of(rows.values()) for name, rows in scored.items()},
     }
     for kind, rows in tables.items():
         path = out / f"{kind}_results-{split}.csv"
-        with writing(path):
-            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                table = csv.writer(file)
-                table.writerow(["Name", *NAMES])
-                for name, row in rows.items():
-                    table.writerow([name, *(f"{row[key]:.5f}" for key in NAMES)])
+        with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            table = csv.writer(f)
+            table.writerow(["Name", *NAMES])
+            for name, row in rows.items():
+                values = [f"{row[key]:.5f}" for key in NAMES]
+                table.writerow([name, *values])
     return tables

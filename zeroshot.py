@@ -21,10 +21,8 @@ several clicks.  Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 
 Shapes: N = h*w tokens, D width, H x W pixels, P patch size, S stride."""
 import argparse
 import csv
-import math
 from dataclasses import asdict, fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +37,7 @@ from distributed import say
 from images import normalize, read_image
 from model import ViT
 from prompts import THRESHOLDS, Protocol, Result, mean_iou, network_features, overlap, prompt_table
-from run import Mistake
+from run import Mistake, count
 from scenes import Coco, Scenes, ToyScenes, Voc
 from toy import SPLITS
 
@@ -61,7 +59,7 @@ MEANS = {
 
 
 # ------------------------------------------------- the table
-def table_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) -> None:
+def table_main(args, vits: list[ViT], device: torch.device) -> None:
     """A row of the table for each checkpoint, and the files that were asked for."""
     scenes = open_scenes(args)
     say(scenes.about)
@@ -99,7 +97,7 @@ def run_one(args, ckpt: str, vit: ViT, scenes: Scenes, device: torch.device) -> 
     return result
 
 
-def protocol_of(args: argparse.Namespace, vit: ViT) -> Protocol:
+def protocol_of(args, vit: ViT) -> Protocol:
     given = {field.name: getattr(args, field.name) for field in fields(Protocol)}
     size = args.size or (vit.config["img_size"] if args.toy else 480)
     given["size"] = working_size(size, vit.patch_size)
@@ -107,7 +105,7 @@ def protocol_of(args: argparse.Namespace, vit: ViT) -> Protocol:
     return Protocol(**given)
 
 
-def open_scenes(args: argparse.Namespace) -> Scenes:
+def open_scenes(args) -> Scenes:
     if args.coco:
         return Coco(args.coco, args.split or "val2017", args.crowd, args.limit)
     split = args.split or "val"
@@ -133,11 +131,8 @@ def table_of(summary: dict, protocol: Protocol) -> str:
         everything = summary["everything_others"][name]
         lines.append(f"{title:>14}{values}{mean[best]:7.1f} ({best}){auto:8.1f}{everything:8.1f}")
 
-    cosines = []
-    for name in ("intra", "inter", "overlap"):
-        value = summary[name]
-        cosines.append(f"{name} without pairs" if math.isnan(value) else f"{name} {value:.3f}")
-    lines.append(f"similarity: {', '.join(cosines)}")
+    cosines = [f"{name} {summary[name]:.3f}" for name in ("intra", "inter", "overlap")]
+    lines.append(f"similarity: {', '.join(cosines)}".replace("nan", "without pairs"))
     left_out = [f"{summary['n_skipped']} targets below {protocol.min_patches} patches"]
     left_out += [f"{count} {what}" for what, count in summary["left_out"].items()]
     lines.append(f"{summary['n_prompts']} prompts of {summary['n_categories']} categories in "
@@ -151,20 +146,20 @@ def write_csv(path: str, results: dict[str, Result]) -> None:
     thresholds = [f"t{t:.1f}" for t in THRESHOLDS]
     lines = [["ckpt", "category", "prompts", *thresholds, "auto", "everything"]]
     for ckpt, result in results.items():
-        for category in result.scenes.categories:
+        for category in result.grid.scenes.categories:
             rows = [row for row in result.asked() if row.category == category]
             means = mean_iou(rows).values() if rows else []
             values = [f"{mean:.2f}" for mean in means] or [""] * (len(THRESHOLDS) + 2)
             lines.append([ckpt, category, len(rows), *values])
-    with run.writing(path, "--csv "):
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-            csv.writer(f).writerows(lines)
+    with run.writing(path, "--csv "), \
+            open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+        csv.writer(f).writerows(lines)
 
 
 def density_curves(ckpt: str, result: Result) -> figure.Picture:
     """The picture of Fig. 5 for one checkpoint."""
     total = result.counts.sum(1).double()
-    text = f"{result.scenes.title}, overlap O = {overlap(result.counts):.3f}"
+    text = f"{result.grid.scenes.title}, overlap O = {overlap(result.counts):.3f}"
     shares = (result.counts / total[:, None]).numpy()
     means = (result.sums / total).tolist()
     return figure.densities(shares, means, ["intra", "inter"], short_name(ckpt), text)
@@ -191,7 +186,7 @@ def kmeans(z: Tensor, k: int, seed: int = 0, steps: int = 30) -> Tensor:
 
 @torch.no_grad()
 def picture_row(vit: ViT, image: Tensor, device: torch.device,
-                args: argparse.Namespace) -> list[tuple[str, np.ndarray]]:
+                args) -> list[tuple[str, figure.Array]]:
     """The titled cells of one checkpoint.  args: size, stride, point, background_point, threshold, combine,
     centre, contiguous, upsample, heads, kmeans, seed."""
     tokens = picture_tokens(vit, image, device, args.size or 480, args.stride)
@@ -226,7 +221,7 @@ def picture_row(vit: ViT, image: Tensor, device: torch.device,
     return cells
 
 
-def picture_main(args: argparse.Namespace, vits: list[ViT], device: torch.device) -> None:
+def picture_main(args, vits: list[ViT], device: torch.device) -> None:
     image = read_image(args.image)
     _, H, W = image.shape
     for x, y in args.point + args.background_point:
@@ -250,16 +245,16 @@ def pair(text: str) -> tuple[float, float]:
 
 
 def cosine(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else run.between(-1.0, 1.0)(text)
 
 
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+def get_args(argv=None):
     p = run.Parser(description=__doc__)
     shared = "ckpt checkpoint_key num_heads batch_size num_workers max_bad device precision seed json"
     run.add_shared(p, shared, batch_size=8)
-    p.add_argument("--size", type=run.at_least(1), help="pixels of a side, to the nearest multiple of the "
+    p.add_argument("--size", type=count, help="pixels of a side, to the nearest multiple of the "
                    "patch (paper 480; --toy: as in training; --image: of the short side)")
-    p.add_argument("--stride", type=run.at_least(1), help="pixels between patches, a divisor of the patch "
+    p.add_argument("--stride", type=count, help="pixels between patches, a divisor of the patch "
                    "size; half of it: masks twice as fine, four times the tokens (default: the patch size)")
 
     what = p.add_argument_group("what to evaluate: one of")
@@ -271,18 +266,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     a = p.add_argument_group("table").add_argument
     a("--split", help="default: val2017 of COCO, val elsewhere")
-    a("--limit", type=run.at_least(1), help="only the first images (toy: 200)")
+    a("--limit", type=count, help="only the first images (toy: 200)")
     a("--target", default="class", choices=["class", "instance"], help="all objects of a category together "
       "(default), or one by one")
     a("--prompt", default="random", choices=["random", "center"], help="a random patch of the target "
       "(default), or the deepest inside it; also written centre",
       type=lambda text: text.replace("centre", "center"))
-    a("--min_patches", type=run.at_least(1), default=3, help="smaller targets are left out (default 3)")
+    a("--min_patches", type=count, default=3, help="smaller targets are left out (default 3)")
     a("--truth", default="patch", choices=["patch", "pixel"], help="compare patches (default), or pixels of "
       "the resized image")
     a("--crowd", action="store_true", help="COCO's crowd regions are objects, too (default: left out, "
       "counted)")
-    a("--points", type=run.at_least(1), default=1, help="points of a prompt (paper 1)")
+    a("--points", type=count, default=1, help="points of a prompt (paper 1)")
     a("--background_points", type=run.at_least(0), default=0, help="points beside the target; what is more "
       "like them is taken away (paper 0)")
     a("--csv", metavar="FILE", help="write the mIoU of each category to this file")
@@ -305,14 +300,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--background_point", type=pair, action="append", default=[], metavar="X,Y", help="pixel beside it")
     a("--threshold", type=cosine, default="auto", help="cosine, or auto (default)")
     a("--heads", action="store_true", help="attention of each head (default: their mean)")
-    a("--kmeans", type=run.at_least(1), default=3, metavar="K", help="clusters of the tokens (paper 3)")
+    a("--kmeans", type=count, default=3, metavar="K", help="clusters of the tokens (paper 3)")
     a("--out", default="zeroshot.png", help="where the picture goes (default zeroshot.png)")
     args = p.parse_args(argv)
     check(args)
     return args
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args) -> None:
     """Raises Mistake for options that do not go together."""
     for mode, idle in IDLE.items():
         if getattr(args, mode):
@@ -325,7 +320,7 @@ def check(args: argparse.Namespace) -> None:
         args.upsample = bool(args.image)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     run.check_outputs(args, "json", "csv", "similarity")
     if args.image:
         run.check_outputs(args, "out")

@@ -5,18 +5,15 @@
 Protocols: as in the paper, --contiguous, --centre, both; with 1, 3 and 5 clicks; for classes and for objects.
 Prints a table, and appends to --json the lines that zeroshot.py would write, one for each cell."""
 import time
-from collections import Counter
 from dataclasses import asdict, replace
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import data
 import run
 from clicks import working_size
 from distributed import say
-from images import Unreadable
 from model import ViT
 from prompts import PromptScenes, Protocol, Result, network_features
 from report import markdown
@@ -36,23 +33,19 @@ def measure(vit: ViT, scenes: Scenes, size: int, device: torch.device,
             seed: int = 0) -> dict[tuple[str, int], Result]:
     """The result of each (way, number of clicks)."""
     P = vit.patch_size
+    grid = PromptScenes(scenes, Protocol(size, P), P)
     results = {}
     for clicks in CLICKS:
         for way, options in WAYS.items():
             protocol = Protocol(size, P, points=clicks, seed=seed, **options)
-            unreadable = Unreadable(len(scenes), 0.01)
-            results[way, clicks] = Result(protocol, scenes, Counter(scenes.left_out), unreadable)
+            results[way, clicks] = Result(protocol, grid)
 
-    grid = PromptScenes(scenes, Protocol(size, P), P)
     features = network_features(vit, device)
     start = time.perf_counter()
-    for i in tqdm(range(len(scenes)), scenes.title, leave=False, disable=None):
-        scene = grid[i]
-        if scene.image is None:                                        # unreadable, or without any object
-            continue
+    for scene in grid.prepared():
         z = features(scene.image[None])[0]                             # (N, D)
         for result in results.values():
-            result.add(scene, z, grid)
+            result.add(scene, z)
     for result in results.values():
         result.seconds = time.perf_counter() - start
     return results

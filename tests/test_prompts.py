@@ -14,6 +14,7 @@ import prompts
 import run
 import scenes
 from checkpoint import load_backbone
+from clicks import block_features
 from data import ToyImages, generator_of
 from images import normalize
 from prompts import THRESHOLDS, Protocol, network_features, prompt_table
@@ -217,10 +218,13 @@ def test_the_result_does_not_depend_on_workers(vit, toys):
 
 
 def test_tables_of_several_kinds_of_tokens_are_those_of_each(vit, toys):
-    blocks = [network_features(vit, CPU, block) for block in (1, -1)]
-    both = prompts.prompt_tables(lambda x: [f(x) for f in blocks], ToyScenes(toys, 3), Protocol(size=64), 8)
-    for features, result in zip(blocks, both, strict=True):
-        alone = prompt_table(features, ToyScenes(toys, 3), Protocol(size=64), 8)
+    def of_blocks(images):
+        return block_features(vit, normalize(images), [1, -1])
+
+    given = (ToyScenes(toys, 3), Protocol(size=64), 8)
+    both = prompts.prompt_tables(of_blocks, *given)
+    for i, result in enumerate(both):
+        alone = prompt_table(lambda images, i=i: of_blocks(images)[i], *given)
         assert alone.rows == result.rows and alone.summary()["overlap"] == result.summary()["overlap"]
     assert both[0].rows != both[1].rows
 

@@ -206,6 +206,8 @@ def test_pictures(tmp_path, words, cells, monkeypatch):
         ("--toy --json nowhere/x.json", "nowhere/x.json: cannot be written"),
         ("--image x --background_point 1,1", "give one"),
         ("--image x --threshold 0.3", "give one"),
+        ("--image x --point 3,4 --threshold nan", "--threshold: 'nan': expected a number, -1.0 to 1.0"),
+        ("--image x --point 3,4 --threshold high", "--threshold: 'high': expected a number"),
         ("--image x --json o.jsonl", "--json has no effect with --image"),
         ("--image x --csv o.csv", "--csv has no effect with --image"),
         ("--image x --limit 3", "--limit has no effect with --image"),
