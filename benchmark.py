@@ -62,7 +62,7 @@ NEEDS = {                                      # what is not measured without th
     "imagenette": "Tables 4, 6, 8, 10, 11 on folders of classes",
     "retrieval": "Table 9 on Oxford and Paris",
 }
-SEEDED = ("zeroshot", "fewshot", "variance", "linseg")   # what --seeds changes
+SEEDED = "zeroshot fewshot variance linseg".split()      # what --seeds changes
 PHOTOS = {"cat": "225,150", "coffee": "300,200"}         # in docs/, and where they are clicked
 ELSEWHERE = [
     "Table 4, which loss does what: python -m studies.ablation trains and measures it",
@@ -253,7 +253,7 @@ def open_jobs(args, device) -> tuple[list[Job], list[str]]:
         jobs += [probe_job(args, probe, folder, device) for folder in args.imagenette[:1]]
     if args.davis:
         jobs.append(davis_job(args, args.davis, device))
-    for option in ("voc", "coco", "ade20k", "cityscapes"):
+    for option in "voc coco ade20k cityscapes".split():
         folder = getattr(args, option)
         try:
             jobs += [linseg_job(args, folder, device)] if folder else []
@@ -409,7 +409,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--skip", nargs="+", default=[], choices=list(TABLES), help="leave these out")
 
     a = p.add_argument_group("data").add_argument
-    for option in ("coco", "voc", "ade20k", "cityscapes", "davis"):
+    for option in "coco voc ade20k cityscapes davis".split():
         a(f"--{option}", metavar="DIR", help=NEEDS[option])
     a("--imagenette", nargs="+", default=[], metavar="DIR", help="folders with train/ and val/ of classes: "
       "imagenette, ImageNet or others; few-shot and variance take the first")

@@ -222,7 +222,7 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int]) -> figure
     dataset = data.CentreCrop(images, size)
     crops = {}
     for i in evenly(6, len(images)):
-        crop, _, _, readable = dataset[i]
+        crop, *_, readable = dataset[i]
         if readable:
             crops[i] = crop
     if len(crops) < 2:

@@ -43,7 +43,7 @@ SETUPS = {                               # which images count, and which are tak
     "hard": ("hard", "junk easy"),
 }
 PROTOCOL = "head imsize scales query_crop precision".split()
-ALLOWED = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.bytes", "__builtin__.bytes"}
+ALLOWED = set("numpy.ndarray numpy.dtype _codecs.encode builtins.bytes __builtin__.bytes".split())
 for maker in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"):
     ALLOWED |= {f"numpy.core.{maker}", f"numpy._core.{maker}"}
 
