@@ -200,7 +200,8 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 # ------------------------------------------------- the report
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:0 auto;padding:1em;color:#222}
-h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
+h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}
+.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
 table{border-collapse:collapse}td{padding:.25em .7em;text-align:right;white-space:nowrap}
 td:first-child{text-align:left}tr{border-bottom:1px solid #ddd}
 tr:first-child{border-bottom:2px solid #888;font-weight:bold}

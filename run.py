@@ -107,7 +107,8 @@ SHARED = {  # options that several scripts have
     "num_heads": dict(type=count, help="attention heads, where the file does not tell"),
     "data": dict(type=os.path.normpath, required=True, help="folder with train/ and val/ of class folders, "
                  "'toy', or cifar10, cifar100, stl10, flowers102, pets, cars, aircraft"),
-    "val_data": dict(type=os.path.normpath, help="folder of the test images, if not beside those of --data"),
+    "val_data": dict(type=os.path.normpath, help="folder of the test images, if it is not beside those of "
+                     "--data"),
     "classes": dict(metavar="FILE", help="these classes only: a file with a folder name a line, or in100"),
     "data_root": dict(default="data", help="where torchvision keeps its sets"),
     "download": dict(action="store_true", help="let torchvision download the set"),
