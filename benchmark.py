@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ NEEDS = {                                      # what is not measured without th
     "imagenette": "Tables 4, 6, 8, 10, 11 on folders of classes",
     "retrieval": "Table 9 on Oxford and Paris",
 }
+SEEDED = "zeroshot fewshot variance linseg".split()      # what --seeds changes
 PHOTOS = {"cat": "225,150", "coffee": "300,200"}         # in docs/, and where they are clicked
 ELSEWHERE = [
     "Table 4, which loss does what: python -m studies.ablation trains and measures it",
@@ -86,26 +88,27 @@ class Job(NamedTuple):
     eval: str
     data: str
     digest: str
-    seeds: list[int]
     options: Callable
     work: Callable
     cost: Callable
 
 
-def parse(args, eval: str, ckpt: str, seed: int, *words) -> argparse.Namespace:
+def parse(args, eval: str, words: list, ckpt: str = "-", seed: int = 0) -> argparse.Namespace:
     """The options of a script: `words`, what all scripts share, then --quick, then --also."""
-    own = QUICK.get(eval, "").split() if args.quick else []
+    words = [*words, "--ckpt", ckpt, "--device", args.device, "--precision", args.precision]
+    words += ["--json", f"{args.out}/results.jsonl"]
+    if args.quick:
+        words += QUICK.get(eval, "").split()
     for which, text in args.also:
         if which == eval:
-            own += shlex.split(text)
-    shared = ["--ckpt", ckpt, "--device", args.device, "--precision", args.precision,
-              "--json", Path(args.out) / "results.jsonl"]
+            words += shlex.split(text)
     script = {"zeroshot": zeroshot, "davis": davis}.get(eval, probes)
-    probe = [eval] if script is probes else []
-    options = script.get_args([str(word) for word in [*probe, *words, *shared, *own]])
-    options.seed = seed
-    options.num_workers = args.num_workers
-    return options
+    if script is probes:
+        words.insert(0, eval)
+    own = script.get_args([str(word) for word in words])
+    own.seed = seed
+    own.num_workers = args.num_workers
+    return own
 
 
 def dense_size(args, vit: ViT) -> int:
@@ -115,46 +118,50 @@ def dense_size(args, vit: ViT) -> int:
     return zeroshot.working_size(args.size, vit.patch_size)
 
 
-def prompt_job(args, option: str, device: torch.device) -> Job:
+def prompt_job(args, option: str, device) -> Job:
     """Tables 1 and 5, Fig. 5.  option: coco or voc."""
-    folder = getattr(args, option)
+    words = [f"--{option}", getattr(args, option)]
+    scenes = zeroshot.open_scenes(parse(args, "zeroshot", words))
 
     def options(network: Network, seed: int):
         size = dense_size(args, network.vit)
-        picture = Path(args.out) / f"pictures/similarity_{option}_{network.weights}_{size}.png"
-        return parse(args, "zeroshot", network.ckpt, seed, f"--{option}", folder, "--size", size,
-                     "--similarity", picture)
+        picture = f"{args.out}/pictures/similarity_{option}_{network.weights}_{size}.png"
+        more = ["--size", size, "--similarity", picture]
+        return parse(args, "zeroshot", words + more, network.ckpt, seed)
 
-    scenes = zeroshot.open_scenes(parse(args, "zeroshot", "-", 0, f"--{option}", folder))
-    return Job("zeroshot", scenes.title, data.digest(scenes), args.seeds, options,
-               lambda own, network: zeroshot.table_main(own, [network.vit], device),
-               lambda own: (len(scenes), own.size))
+    def work(own, network: Network):
+        zeroshot.table_main(own, [network.vit], device)
+
+    def cost(own):
+        return len(scenes), own.size
+
+    return Job("zeroshot", scenes.title, data.digest(scenes), options, work, cost)
 
 
-def probe_job(args, probe: str, folder: str, device: torch.device) -> Job:
+def probe_job(args, probe: str, folder: str, device) -> Job:
     """k-NN, few-shot or variance on a folder of classes."""
     val = Path(folder) / "val"
     if probe == "variance" and val.is_dir():
         folder = str(val)
-    sources = probes.open_sources(parse(args, probe, "-", 0, "--data", folder))
+    words = ["--data", folder]
+    sources = probes.open_sources(parse(args, probe, words))
     if args.quick and probe != "variance":
         numbers = [TRAIN, TEST][-len(sources):]
         sources = [few_of_each(images, n) for images, n in zip(sources, numbers, strict=True)]
 
     def options(network: Network, seed: int):
         size = args.crop_size or crop_size(network.vit.patch_size, None)
-        return parse(args, probe, network.ckpt, seed, "--data", folder, "--size", size)
+        return parse(args, probe, [*words, "--size", size], network.ckpt, seed)
 
     def work(own, network: Network):
-        size = crop_size(network.vit.patch_size, own.size)
-        probes.run_one(own, network.ckpt, network.vit, sources, size, device)
+        probes.run_one(own, network.ckpt, network.vit, sources, device)
 
     def cost(own):
         images = 2 * own.limit * own.views if probe == "variance" else sum(map(len, sources))
         return images, own.size
 
-    digest = "-".join(data.digest(images) for images in sources)
-    return Job(probe, folder, digest, [0] if probe == "knn" else args.seeds, options, work, cost)
+    digest = "-".join(map(data.digest, sources))
+    return Job(probe, folder, digest, options, work, cost)
 
 
 def few_of_each(images, n: int) -> data.Subset:
@@ -168,64 +175,75 @@ def few_of_each(images, n: int) -> data.Subset:
     return data.Subset(images, index)
 
 
-def davis_job(args, folder: str, device: torch.device) -> Job:
+def davis_job(args, folder: str, device) -> Job:
     """Table 2."""
     words = ["--davis", folder, "--overlay"]
-    clips = videos.find_clips(parse(args, "davis", "-", 0, *words), Counter())
+    clips = videos.find_clips(parse(args, "davis", words), Counter())
     if args.quick:
         clips = clips[:1]
         words += ["--sequences", clips[0].name]
+    frames = sum(len(clip.frames) for clip in clips)
 
     def options(network: Network, seed: int):
         size = args.grid * network.vit.patch_size if args.grid else args.size
-        return parse(args, "davis", network.ckpt, seed, *words, "--size", size,
-                     "--size_multiple", max(1, 64 * size // 480),
-                     "--output_dir", Path(args.out) / f"davis/{network.weights}_{size}")
+        folder = f"{args.out}/davis/{network.weights}_{size}"
+        more = ["--size", size, "--size_multiple", max(1, 64 * size // 480), "--output_dir", folder]
+        return parse(args, "davis", words + more, network.ckpt, seed)
 
     def work(own, network: Network):
         entry = davis.entry_of(own, network.ckpt, network.vit, Path(own.output_dir))
         davis.run_one(own, clips, entry, device)
 
+    def cost(own):
+        return 2 * frames, own.size                                    # wide frames, and the propagation
+
     first_masks = {clip.name: torch.from_numpy(clip.first) for clip in clips}
-    frames = sum(len(clip.frames) for clip in clips)
-    return Job("davis", folder, checkpoint.digest(first_masks), [0], options, work,
-               lambda own: (2 * frames, own.size))                     # wide frames, and the propagation
+    return Job("davis", folder, checkpoint.digest(first_masks), options, work, cost)
 
 
-def linseg_job(args, folder: str, device: torch.device) -> Job:
+def linseg_job(args, folder: str, device) -> Job:
     """Table 3, and the last column of Table 1."""
-    given = parse(args, "linseg", "-", 0, "--data", folder)
-    train = Pairs(folder, "train", given.layout)
-    val = Pairs(folder, "val", given.layout)
+    words = ["--data", folder]
+    layout = parse(args, "linseg", words).layout
+    train = Pairs(folder, "train", layout)
+    val = Pairs(folder, "val", layout)
     if args.quick:
         val.pairs = val.pairs[:TEST]
 
     def options(network: Network, seed: int):
-        own = parse(args, "linseg", network.ckpt, seed, "--data", folder)
+        own = parse(args, "linseg", words, network.ckpt, seed)
         own = linseg.own_args(own, network.ckpt, network.vit, train)
         chosen = [getattr(own, name) for name in linseg.PROTOCOL]
         own.output_dir = f"{args.out}/linseg/{network.weights}_{data.seed_of(chosen):x}"
         return own
 
+    def work(own, network: Network):
+        linseg.run_one(own, network.vit, train, val, device)
+
+    def cost(own):
+        return own.iters * own.batch_size + 4 * len(val), own.crop
+
     digest = f"{data.digest(train)}-{data.digest(val)}"
-    return Job("linseg", folder, digest, args.seeds, options,
-               lambda own, network: linseg.run_one(own, network.vit, train, val, device),
-               lambda own: (own.iters * own.batch_size + 4 * len(val), own.crop))
+    return Job("linseg", folder, digest, options, work, cost)
 
 
-def retrieval_job(args, folder: str, device: torch.device) -> Job:
+def retrieval_job(args, folder: str, device) -> Job:
     """Table 9."""
     images = retrieval.Revisited(folder)
 
     def options(network: Network, seed: int):
-        return parse(args, "retrieval", network.ckpt, seed, "--data", folder)
+        return parse(args, "retrieval", ["--data", folder], network.ckpt, seed)
 
-    return Job("retrieval", folder, data.digest(images), [0], options,
-               lambda own, network: retrieval.run_one(own, network.ckpt, network.vit, images, device),
-               lambda own: (len(images) * len(own.scales), own.imsize))
+    def work(own, network: Network):
+        retrieval.run_one(own, network.ckpt, network.vit, images, device)
+
+    def cost(own):
+        return len(images) * len(own.scales), own.imsize
+
+    return Job("retrieval", folder, data.digest(images), options, work, cost)
 
 
-def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
+def open_jobs(args, device) -> tuple[list[Job], list[str]]:
     """The evaluations whose data is given, and what is not measured and why.  Raises Mistake for data that is
     not there or is no such set."""
     missing = [f"{what}: needs --{option}" for option, what in NEEDS.items() if not getattr(args, option)]
@@ -235,7 +253,7 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
         jobs += [probe_job(args, probe, folder, device) for folder in args.imagenette[:1]]
     if args.davis:
         jobs.append(davis_job(args, args.davis, device))
-    for option in ("voc", "coco", "ade20k", "cityscapes"):
+    for option in "voc coco ade20k cityscapes".split():
         folder = getattr(args, option)
         try:
             jobs += [linseg_job(args, folder, device)] if folder else []
@@ -248,7 +266,7 @@ def open_jobs(args, device: torch.device) -> tuple[list[Job], list[str]]:
 
 # ------------------------------------------------- doing it
 @torch.no_grad()
-def open_network(args, ckpt: str, device: torch.device) -> Network:
+def open_network(args, ckpt: str, device) -> Network:
     """Raises Mistake for a file that is not there; one without a network, or a broken one, has a fault."""
     name = checkpoint.short_name(ckpt)
     try:
@@ -257,7 +275,8 @@ def open_network(args, ckpt: str, device: torch.device) -> Network:
         if not Path(ckpt).is_file():
             raise
         return Network(ckpt, name, None, "", str(e))
-    tokens = vit(torch.ones(1, 3, 4 * vit.patch_size, 4 * vit.patch_size, device=device))
+    side = 4 * vit.patch_size
+    tokens = vit(torch.ones(1, 3, side, side, device=device))
     fault = "" if tokens.isfinite().all() else "its features are not finite"
     return Network(ckpt, name, vit, checkpoint.digest(vit), fault)
 
@@ -265,10 +284,11 @@ def open_network(args, ckpt: str, device: torch.device) -> Network:
 def is_there(job: Job, network: Network, own: argparse.Namespace) -> bool:
     """Whether a line has this measurement: each choice in its protocol is that of the option of its name."""
     for line in run.read_lines(Path(own.json)):
-        same = [getattr(own, name, None) in (None, value)
-                for name, value in line["protocol"].items() if name != "sequences"]
-        of = line["eval"], line["weights"], line["data_digest"]
-        if of == (job.eval, network.weights, job.digest) and all(same):
+        if (line["eval"], line["weights"], line["data_digest"]) != (job.eval, network.weights, job.digest):
+            continue
+        protocol = line["protocol"]
+        protocol.pop("sequences", None)
+        if all(getattr(own, name, None) in (None, value) for name, value in protocol.items()):
             return True
     return False
 
@@ -288,7 +308,7 @@ def planned(args, job: Job, network: Network, seed: int) -> argparse.Namespace |
 
 
 @cache
-def seconds_of(network: Network, side: int, device: torch.device) -> float:
+def seconds_of(network: Network, side: int, device) -> float:
     """About how long an image of this size takes; timed once for all jobs."""
     side = zeroshot.working_size(side, network.vit.patch_size)
     x = torch.zeros(1, 3, side, side, device=device)
@@ -313,21 +333,21 @@ def measure(args, job: Job, network: Network, own: argparse.Namespace) -> None:
 
 def note_failure(args, job: Job, network: Network, why: str) -> None:
     say(f"{network.name}, {job.eval} on {job.data}, left out: {why}")
-    run.append_json(Path(args.out) / "failed.jsonl", {
-        "name": network.name, "eval": job.eval, "data": str(job.data), "why": why})
+    line = {"name": network.name, "eval": job.eval, "data": job.data, "why": why}
+    run.append_json(f"{args.out}/failed.jsonl", line)
 
 
-def draw(args, network: Network, photo: str, device: torch.device) -> None:
+def draw(args, network: Network, photo: str, device) -> None:
     """Fig. 1 and 6 of one photo."""
     size = dense_size(args, network.vit)
-    own = zeroshot.get_args([
-        "--ckpt", network.ckpt, "--image", str(Path(__file__).parent / f"docs/{photo}.jpg"),
-        "--size", str(size), "--point", PHOTOS[photo],
-        "--out", f"{args.out}/pictures/prompt_{photo}_{network.weights}_{size}.png"])
+    image = Path(__file__).parent / f"docs/{photo}.jpg"
+    out = f"{args.out}/pictures/prompt_{photo}_{network.weights}_{size}.png"
+    words = ["--ckpt", network.ckpt, "--image", str(image), "--point", PHOTOS[photo]]
+    own = zeroshot.get_args([*words, "--size", str(size), "--out", out])
     zeroshot.picture_main(own, [network.vit], device)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     rank = int(os.environ.pop("RANK", 0))
     ranks = int(os.environ.pop("WORLD_SIZE", 1))                       # each works as if it were alone
     device = run.begin(args)
@@ -348,14 +368,19 @@ def main(args: argparse.Namespace) -> None:
     for network in networks[rank::ranks]:
         for photo in PHOTOS if not network.fault else ():
             draw(args, network, photo, device)
-    cells = [(job, network, seed) for job in jobs for network in networks for seed in job.seeds]
+    cells = []
+    for job in jobs:
+        seeds = args.seeds if job.eval in SEEDED else [0]
+        cells += product([job], networks, seeds)
     todo = []
+    total = 0
     for job, network, seed in cells[rank::ranks]:
         own = planned(args, job, network, seed)
         if own:
             images, side = job.cost(own)
-            todo.append((job, network, own, images * seconds_of(network, side, device)))
-    total = sum(seconds for *_, seconds in todo)
+            seconds = images * seconds_of(network, side, device)
+            todo.append((job, network, own, seconds))
+            total += seconds
     say(f"{len(todo)} measurements to make, of {len(cells)}: about {total / 60:.0f} minutes")
 
     bar = tqdm(total=round(total), unit="s", disable=None)
@@ -384,7 +409,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--skip", nargs="+", default=[], choices=list(TABLES), help="leave these out")
 
     a = p.add_argument_group("data").add_argument
-    for option in ("coco", "voc", "ade20k", "cityscapes", "davis"):
+    for option in "coco voc ade20k cityscapes davis".split():
         a(f"--{option}", metavar="DIR", help=NEEDS[option])
     a("--imagenette", nargs="+", default=[], metavar="DIR", help="folders with train/ and val/ of classes: "
       "imagenette, ImageNet or others; few-shot and variance take the first")

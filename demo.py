@@ -44,7 +44,7 @@ PHOTOS = ("docs/cat.jpg", "docs/coffee.jpg")   # the photographs in the box
 CREDIT = "Photographs: cat by Stéfan van der Walt, coffee by Rachel Michetti, from scikit-image, CC0."
 EXAMPLES = 10                                  # of a folder
 UPLOAD_PIXELS = 50_000_000                     # of an uploaded picture
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM".split()
 LONGEST = 8                                    # the sides' ratio; beyond it a picture is all tokens
 CACHE = 512 << 20                              # bytes of features: 300 pictures of ViT-S/16 at 480
 FINE = (("patch", 1), ("1/2", 2), ("1/4", 4))  # strides, and how many make a patch
@@ -70,12 +70,13 @@ class Picture(NamedTuple):
 
 def shown(image: Tensor, size: int) -> Picture:
     """(3, H, W) uint8 -> the picture, its short side `size`.  Raises BadImage for a strip."""
-    height, width = image.shape[1:]
-    if max(height, width) > LONGEST * min(height, width):
-        raise BadImage(f"{width}x{height} pixels: one side is more than {LONGEST} times the other")
+    full = tuple(image.shape[1:])
+    if max(full) > LONGEST * min(full):
+        raise BadImage(f"{full[1]}x{full[0]} pixels: one side is more than {LONGEST} times the other")
     image = fit(image, size, 1)
     content = image.numpy().tobytes() + repr(image.shape).encode()
-    return Picture(image, hashlib.blake2b(content).hexdigest(), (height, width))
+    key = hashlib.blake2b(content).hexdigest()
+    return Picture(image, key, full)
 
 
 def open_upload(content: bytes | None, size: int) -> Picture:
@@ -120,11 +121,11 @@ class Networks:
     """Checkpoints by name, and a bounded cache of features, the least recently used dropped first.  All users
     share it; one forward runs at a time, and clicks on a picture that is known do not wait for it."""
 
-    def __init__(self, vits: dict[str, ViT], device, size: int = 480, budget: int = CACHE):
+    def __init__(self, vits: dict[str, ViT], device, size: int):
         self.vits = vits
         self.device = device
         self.size = size
-        self.budget = budget
+        self.budget = CACHE
         self.kept = {}                         # (picture, name, fine, layer): features, the last used last
         self.cache = threading.Lock()
         self.forward = threading.Lock()
@@ -140,12 +141,13 @@ class Networks:
             raise Mistake(f"{name} has {vit.depth} blocks: at most {vit.depth - 1} before the last")
         key = (picture.key, name, fine, layer)
         found = self.recall(key)
-        if found is None:
-            with self.forward:
-                found = self.recall(key)       # another user may have asked for it meanwhile
-                if found is None:
-                    found = picture_tokens(vit, picture.image, self.device, self.size, P // fine, -1 - layer)
-                    self.recall(key, found)
+        if found:
+            return found
+        with self.forward:
+            found = self.recall(key)           # another user may have asked for it meanwhile
+            if found is None:
+                found = picture_tokens(vit, picture.image, self.device, self.size, P // fine, -1 - layer)
+                self.recall(key, found)
         return found
 
     def recall(self, key: tuple, new=None):
@@ -176,18 +178,26 @@ class Answer(NamedTuple):
         return Image.fromarray(self.mask).resize(full[::-1], Image.Resampling.NEAREST)
 
 
-def answer(networks: Networks, clicks: Clicks, name: str, threshold: float | str = "auto", fine: int = 1,
-           layer: int = 0, paper: bool = False) -> Answer | None:
+def answer(
+    networks: Networks,
+    clicks: Clicks,
+    name: str,
+    threshold: float | str = "auto",
+    fine: int = 1,
+    layer: int = 0,
+    paper: bool = False,
+) -> Answer | None:
     """What a network says of the clicks; None as long as there is none on an object.
 
     The mask is the part that was clicked, with smooth edges; paper: all patches that are similar, as in the
     paper.  Raises Mistake."""
-    if clicks.picture is None or not clicks.of(True):
+    on = clicks.of(True)
+    if not on:
         return None
+    refined = not paper
     tokens = networks.tokens(clicks.picture, name, fine, layer)
-    values, t, mask = select(tokens, clicks.of(True), clicks.of(False), threshold, smooth=not paper,
-                             contiguous=not paper)
-    pixels = tokens.pixels(values, smooth=not paper)                   # (H', W')
+    values, t, mask = select(tokens, on, clicks.of(False), threshold, smooth=refined, contiguous=refined)
+    pixels = tokens.pixels(values, refined)                            # (H', W')
     photo = tokens.image.permute(1, 2, 0).numpy()
     mask = mask.numpy()
     low = values.min().item()
@@ -201,7 +211,7 @@ def box_examples(size: int) -> list[Picture]:
     """The photographs in the box, and toy scenes."""
     toys = ToyImages("test", 4, size)
     images = [read_image(HERE / name) for name in PHOTOS]
-    images += [toys.read(i) for i in range(len(toys))]
+    images += map(toys.read, range(4))
     return [shown(image, size) for image in images]
 
 
@@ -227,11 +237,12 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
     deepest = max(vit.depth for vit in networks.vits.values()) - 1
     thumbs = [fit(example.image, 96, 1).permute(1, 2, 0).numpy() for example in examples]
     picture = partial(gr.Image, interactive=False, format="jpeg", min_width=130)
+    small = dict(size="sm", min_width=60)
     w = SimpleNamespace(rows=[SimpleNamespace(), SimpleNamespace()])
     w.state = gr.State(Clicks(), time_to_live=3600)
     gr.Markdown(TEXT.format(", ".join(names)))
-    w.examples = gr.Gallery(thumbs, show_label=False, height=106, allow_preview=False, buttons=[],
-                            elem_id="examples")
+    w.examples = gr.Gallery(
+        thumbs, show_label=False, height=106, allow_preview=False, buttons=[], elem_id="examples")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             w.photo = picture(label="click here", buttons=[], elem_id="photo")
@@ -242,15 +253,16 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
                     row.heat = picture(label="similarity", buttons=["fullscreen"])
                     row.cut = picture(label="mask", buttons=["fullscreen"], elem_id=f"mask{i}")
     with gr.Row():
-        w.mode = gr.Radio([("click: object", "object"), ("click: background", "background")], value="object",
-                          show_label=False, container=False, scale=4, min_width=300)
-        small = dict(size="sm", min_width=60)
+        kinds = [("click: object", "object"), ("click: background", "background")]
+        w.mode = gr.Radio(
+            kinds, value="object", show_label=False, container=False, scale=4, min_width=300)
         w.undo = gr.Button("undo", elem_id="undo", **small)
         w.clear = gr.Button("clear", elem_id="clear", **small)
         w.upload = gr.UploadButton("upload", type="binary", file_types=["image"], **small)
         for i, row in enumerate(w.rows):
-            row.download = gr.DownloadButton(("save mask", "second mask")[i], interactive=False,
-                                             visible=i == 0, elem_id=f"download{i}", **small)
+            title = ("save mask", "second mask")[i]
+            row.download = gr.DownloadButton(
+                title, interactive=False, visible=i == 0, elem_id=f"download{i}", **small)
     with gr.Row(visible=len(names) > 1):
         w.rows[0].choice = gr.Dropdown(names, value=names[0], label="checkpoint")
         w.rows[1].choice = gr.Dropdown([NONE, *names], value=NONE, label="beside it", elem_id="second")
@@ -294,8 +306,10 @@ def drawn(gr, w, networks, clicks, values) -> dict:
         if row is w.rows[0]:
             text = f"The mask is {a.mask.mean():.1%} of the picture."
             if values[w.auto]:
-                out[w.t] = round(min(max(a.t, 0), 1), 2)
-    out[w.message] = f"{text} {1000 * (time.perf_counter() - start):.0f} ms"
+                level = min(max(a.t, 0), 1)
+                out[w.t] = round(level, 2)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    out[w.message] = f"{text} {milliseconds:.0f} ms"
     return out
 
 
@@ -333,8 +347,17 @@ def connect(gr, w, networks, examples) -> None:
         outputs |= {row.box, row.heat, row.cut, row.download}
 
     def listen(event, answer_to, inputs=inputs, **options):
-        event(answer_to, inputs, outputs, api_visibility="private", show_progress="minimal",
-              show_progress_on=[w.photo], concurrency_id="answers", concurrency_limit=4, **options)
+        event(
+            answer_to,
+            inputs,
+            outputs,
+            api_visibility="private",
+            show_progress="minimal",
+            show_progress_on=[w.photo],
+            concurrency_id="answers",
+            concurrency_limit=4,
+            **options,
+        )
 
     listen(w.photo.select, on_click)
     listen(w.examples.select, on_example)
@@ -346,7 +369,7 @@ def connect(gr, w, networks, examples) -> None:
         listen(setting.input, partial(act, lambda clicks: clicks), trigger_mode="always_last")
 
 
-def page(gr, networks: Networks, examples: list[Picture], credit: str = ""):
+def page(gr, networks: Networks, examples: list[Picture], credit: str):
     """The gradio Blocks, not yet started.  gr: the module."""
     async def no_address(fetch, path):
         if "://" in str(path):
@@ -364,22 +387,24 @@ def page(gr, networks: Networks, examples: list[Picture], credit: str = ""):
 def launch(blocks, host: str, port: int) -> str:
     """Start the server and return its address.  Raises Mistake for a port that is taken."""
     try:
-        blocks.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
-                      ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[],
-                      max_file_size="32mb", allowed_paths=[], state_session_capacity=200, css=STYLE)
+        blocks.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, css=STYLE,
+            share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
+            footer_links=[], max_file_size="32mb", allowed_paths=[], state_session_capacity=200,
+        )
     except OSError as e:
         raise Mistake(f"cannot listen on {host}, port {port}: give another --port, or --host") from e
     return blocks.local_url
 
 
 # ------------------------------------------------- the command
-def default_ckpt(folder: str = "out") -> str:
-    """mmc.pth, or else the newest backbone.pth below the folder.  Raises Mistake, saying how to make one."""
-    found = sorted(Path(folder).rglob("backbone.pth"), key=lambda path: path.stat().st_mtime)
+def default_ckpt() -> str:
+    """mmc.pth, or else the newest backbone.pth below out/.  Raises Mistake, saying how to make one."""
     if BOX.exists():
-        found.append(BOX)
+        return str(BOX)
+    found = sorted(Path("out").rglob("backbone.pth"), key=os.path.getmtime)
     if not found:
-        raise Mistake(f"no mmc.pth beside demo.py and no backbone.pth below {folder}/: run python "
+        raise Mistake("no mmc.pth beside demo.py and no backbone.pth below out/: run python "
                       "pretrain.py, which makes one in minutes, or give --ckpt FILE or --ckpt random:vit_s")
     return str(found[-1])
 

@@ -11,6 +11,7 @@ with the largest cosine vote, weighted by exp(cosine / 0.07); the paper reports 
 Cost: that of the network, and of one matrix product of all test with all train features.
 
 Shapes: n train images, m test images, b of a chunk, B of a batch, T tokens, D width, E episodes."""
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,25 +26,34 @@ from model import ViT
 from run import Mistake
 
 KS = (10, 20, 50, 100)
-F1_THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 GROUP = 64                                     # train images per group in the search of the nearest
+WAYS = 5                                       # classes of an episode
+QUERIES = 15                                   # of each class
 Features = dict[str, Tensor]                   # "cls": (n, D), "pat": (n, D)
+Accuracy = dict[str, dict[int, float]]         # "cls", "pat" or "hybrid": {k: percent}
 
 
 # ------------------------------------------------- frozen features
 @torch.no_grad()
 def extract_features(
-    vit: ViT, images, size: int, device: torch.device,
-    batch_size: int = 128, workers: int = 0,
-    blocks: Sequence[int] = (-1,), unreadable: Unreadable | None = None,
+    vit: ViT,
+    images,
+    size: int,
+    device: torch.device,
+    batch_size: int = 128,
+    workers: int = 0,
+    blocks: Sequence[int] = (-1,),
+    unreadable: Unreadable | None = None,
 ) -> tuple[list[Features], Tensor]:
     """Features of all readable images, for each of the blocks, and labels (n,).
 
     The features are L2-normalised, float32, on the CPU.  unreadable: counts and names the images that cannot
     be read.  Raises BadImage where none can."""
     loader = DataLoader(
-        CentreCrop(images, size), batch_size,
-        num_workers=workers, worker_init_fn=init_worker,
+        CentreCrop(images, size),
+        batch_size,
+        num_workers=workers,
+        worker_init_fn=init_worker,
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
@@ -58,12 +68,13 @@ def extract_features(
 
         x = normalize(to_device(x, device))
         outputs = vit.intermediate(x, list(blocks), norm=True)
-        for of_block, tokens in zip(parts, outputs, strict=True):      # (B, T, D)
-            tokens = tokens[readable].float()
+        for of_block, tokens in zip(parts, outputs, strict=True):
+            tokens = tokens[readable].float()                          # (B, T, D)
             cls = tokens[:, 0]
             pat = tokens[:, vit.num_prefix_tokens:].mean(1)
             both = torch.stack([cls, pat])                             # (2, B, D)
-            of_block.append(F.normalize(both, dim=-1).cpu())
+            both = F.normalize(both, dim=-1)
+            of_block.append(both.cpu())
 
     labels = torch.cat(labels)
     if not len(labels):
@@ -84,8 +95,12 @@ def hybrid(features: Features) -> Tensor:
 # ------------------------------------------------- nearest neighbours
 @torch.no_grad()
 def knn_predict(
-    train: Tensor, labels: Tensor, test: Tensor,
-    ks: Sequence[int] = KS, temp: float = 0.07, chunk: int = 256,
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    ks: Sequence[int] = KS,
+    temp: float = 0.07,
+    chunk: int = 256,
 ) -> Tensor:
     """Weighted k-NN (Wu et al. 2018): each of the k nearest train images votes exp(cosine / temp) for its
     class.  Votes are divided by that of the nearest, which changes no prediction and cannot overflow.
@@ -95,16 +110,18 @@ def knn_predict(
     similarities, in a buffer that is used again.  `plain_knn` in tests/plain_forms.py is the plain form."""
     n = len(train)
     labels = labels.to(train.device)
-    classes = int(labels.max()) + 1
-    whole_groups = -(-n // GROUP) * GROUP
-    buffer = train.new_full((chunk, whole_groups), -torch.inf)
+    classes = labels.max().item() + 1
+    columns = math.ceil(n / GROUP) * GROUP
+    most = min(max(ks), n)
+    buffer = train.new_full((chunk, columns), -torch.inf)
     predictions = []
     for queries in test.split(chunk):
-        sims = buffer[:len(queries)]                                   # (b, whole_groups)
         queries = queries.to(train.device)
+        sims = buffer[:len(queries)]                                   # (b, columns)
         torch.mm(queries, train.T, out=sims[:, :n])
-        cosine, index = largest(sims, min(max(ks), n))                 # (b, k), best first
-        vote = ((cosine - cosine[:, :1]) / temp).exp()
+        cosine, index = largest(sims, most)                            # (b, k), best first
+        lead = cosine - cosine[:, :1]
+        vote = (lead / temp).exp()
         voter = labels[index]
         votes = vote.new_zeros(len(ks), len(queries), classes)
         for row, k in zip(votes, ks, strict=True):
@@ -132,24 +149,32 @@ def largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor,
-    ks: Sequence[int] = KS, temp: float = 0.07,
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int] = KS,
+    temp: float = 0.07,
 ) -> dict[int, float]:
     """{k: accuracy in percent}."""
     predictions = knn_predict(train, train_labels, test, ks, temp)
-    accuracy = {}
-    for k, predicted in zip(ks, predictions, strict=True):
-        hits = predicted == test_labels
-        accuracy[k] = 100 * hits.float().mean().item()
-    return accuracy
+    hits = predictions == test_labels                                  # (len(ks), m)
+    shares = hits.float().mean(1)
+    return {k: 100 * share for k, share in zip(ks, shares.tolist(), strict=True)}
 
 
 def knn_of_blocks(
-    vit: ViT, train, val, size: int, device: torch.device,
-    ks: Sequence[int] = KS, temp: float = 0.07,
-    unreadable: Unreadable | None = None, **options,
-) -> list[dict[str, dict[int, float]]]:
-    """k-NN with labelled images: {"cls" | "pat" | "hybrid": {k: percent}} for each block.
+    vit: ViT,
+    train,
+    val,
+    size: int,
+    device: torch.device,
+    ks: Sequence[int] = KS,
+    temp: float = 0.07,
+    unreadable: Unreadable | None = None,
+    **options,
+) -> list[Accuracy]:
+    """k-NN with labelled images, for each block.
 
     Says which images cannot be read; `unreadable` may set a limit.  options: batch_size, workers, blocks, as
     of `extract_features`.  The search runs on CUDA if the network does, and else on the CPU."""
@@ -166,64 +191,58 @@ def knn_of_blocks(
         asked["hybrid"] = hybrid(asked)
         accuracy = {}
         for head in known:
-            accuracy[head] = knn_accuracy(
-                known[head].to(place), train_labels,
-                asked[head], val_labels, ks, temp,
-            )
+            near = known[head].to(place)
+            accuracy[head] = knn_accuracy(near, train_labels, asked[head], val_labels, ks, temp)
         results.append(accuracy)
     return results
 
 
-def knn_of(vit: ViT, *given, **options) -> dict[str, dict[int, float]]:
-    """The same of the last block: {"cls" | "pat" | "hybrid": {k: percent}}."""
-    return knn_of_blocks(vit, *given, **options)[0]
+def knn_of(*given, **options) -> Accuracy:
+    """The same of the last block."""
+    return knn_of_blocks(*given, **options)[0]
 
 
 # ------------------------------------------------- few-shot
-def draw_episodes(
-    labels: Tensor,
-    episodes: int = 600, ways: int = 5, queries: int = 15, seed: int = 0,
-) -> Tensor:
-    """(n,) labels -> (episodes, ways, 1 + queries) image numbers: each row is of one class, support first.
+def draw_episodes(labels: Tensor, episodes: int = 600, seed: int = 0) -> Tensor:
+    """(n,) labels -> (E, WAYS, 1 + QUERIES) image numbers: each row is of one class, support first.
 
-    Classes of too few images are left out.  Raises Mistake where fewer than `ways` remain."""
-    members = []
-    for c in labels.unique():
-        members.append((labels == c).nonzero()[:, 0])
-    large = [m for m in members if len(m) > queries]
-    if len(large) < ways:
+    Classes of too few images are left out.  Raises Mistake where fewer than WAYS remain."""
+    _, counts = labels.unique(return_counts=True)
+    members = labels.argsort(stable=True).split(counts.tolist())       # the images of each class
+    large = [m for m in members if len(m) > QUERIES]
+    if len(large) < WAYS:
         small = len(members) - len(large)
-        raise Mistake(f"{ways}-way episodes with {queries} queries need {ways} classes of {queries + 1} "
+        raise Mistake(f"{WAYS}-way episodes with {QUERIES} queries need {WAYS} classes of {QUERIES + 1} "
                       f"images: here are {len(members)} classes, {small} of them smaller")
     g = generator_of(seed, "few-shot")
     drawn = []
     for _ in range(episodes):
-        chosen = torch.randperm(len(large), generator=g)[:ways]
+        chosen = torch.randperm(len(large), generator=g)[:WAYS]
         for c in chosen.tolist():
             order = torch.randperm(len(large[c]), generator=g)
-            drawn.append(large[c][order[:1 + queries]])
-    return torch.stack(drawn).view(episodes, ways, 1 + queries)
+            drawn.append(large[c][order[:1 + QUERIES]])
+    return torch.stack(drawn).view(episodes, WAYS, -1)
 
 
 def few_shot(z: Tensor, episodes: Tensor) -> dict:
     """One-shot classification (Table 8).  Accuracy: is the nearest support of the query's class?  F1: each
     query is asked "same class?" of each support, yes where cosine >= t; counted over all episodes.
 
-    z: (n, D) normalised.  episodes: (E, ways, 1 + queries).  Returns {"accuracy", "ci95": percent, "f1":
+    z: (n, D) normalised.  episodes: (E, WAYS, 1 + QUERIES).  Returns {"accuracy", "ci95": percent, "f1":
     {threshold: percent}}; always yes gives 33.3 at 5 ways."""
     support = z[episodes[:, :, 0]]
     query = z[episodes[:, :, 1:]]
-    cosine = torch.einsum("ewqd,evd->ewqv", query, support)            # (E, ways, queries, ways)
-    way = torch.arange(cosine.shape[1])
+    cosine = torch.einsum("ewqd,evd->ewqv", query, support)            # (E, WAYS, QUERIES, WAYS)
+    way = torch.arange(WAYS)
     hits = cosine.argmax(-1) == way[:, None]
     accuracy = 100 * hits.float().mean((1, 2))                         # (E,)
     ci95 = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
     same = way[:, None, None] == way
-    same = same.expand(cosine.shape)
+    same = same.expand_as(cosine)
     f1 = {}
-    for t in F1_THRESHOLDS:
-        yes = cosine >= t
+    for tenths in range(1, 10):
+        yes = cosine >= tenths / 10
         right = (yes & same).sum().item()
         asked = (yes.sum() + same.sum()).item()
-        f1[f"{t:.1f}"] = 200 * right / asked
+        f1[f"0.{tenths}"] = 200 * right / asked
     return {"accuracy": accuracy.mean().item(), "ci95": ci95, "f1": f1}

@@ -13,6 +13,8 @@ Shapes: H x W pixels, C classes."""
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from scenes import VOC_NAMES, Coco, find_voc, read_voc_list
 Array = np.ndarray
 
 IGNORE = 255
+VOC = ["background", *VOC_NAMES]
 CITY_CLASSES = {                          # by their number in *_labelIds.png
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic_light",
     20: "traffic_sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
@@ -56,16 +59,17 @@ SIGNS = {                                 # what is there only in this layout
 
 
 # ------------------------------------------------- from the numbers of a file to classes
-def table_of(numbers: list[int]) -> Array:
-    """(256,) uint8: the place of each number in a list; numbers outside of it are not scored."""
+def table_of(numbers: Iterable[int]) -> Array:
+    """(256,) uint8: the place of each number among some; all others are not scored."""
     table = np.full(256, IGNORE, np.uint8)
-    table[numbers] = np.arange(len(numbers))
+    for place, number in enumerate(numbers):
+        table[number] = place
     return table
 
 
-CLASSES_ALREADY = np.arange(256, dtype=np.uint8)
-ADE20K = table_of(list(range(1, 151)))
-CITY_IDS = table_of(list(CITY_CLASSES))
+CLASSES_ALREADY = table_of(range(256))
+ADE20K = table_of(range(1, 151))
+CITY_IDS = table_of(CITY_CLASSES)
 
 
 class Pair(NamedTuple):
@@ -87,26 +91,27 @@ def find_layout(root: Path) -> str:
 
 def images_in(folder: Path, left_out: Counter) -> list[Path]:
     """All images below a folder, in the order of their names; none where there is no such folder."""
-    files = walk(folder, left_out) if os.path.isdir(folder) else []
-    return [Path(file) for file in sorted(files)]
+    if not os.path.isdir(folder):
+        return []
+    return [Path(file) for file in sorted(walk(folder, left_out))]
 
 
-def same_names(images: Path, labels: Path, table: Array, left_out: Counter) -> list[Pair]:
+def find_pairs(
+    root: Path, split: str, left_out: Counter,
+    labels: str = "labels", table: Array = CLASSES_ALREADY,
+) -> list[Pair]:
     """Each image of a folder, nested or not, with the label of the same name in another folder."""
+    images = root / "images" / split
     pairs = []
     for image in images_in(images, left_out):
-        label = labels / image.relative_to(images)
+        label = root / labels / split / image.relative_to(images)
         pairs.append(Pair(image, label.with_suffix(".png"), table))
     return pairs
 
 
-def find_pairs(root: Path, split: str, left_out: Counter) -> list[Pair]:
-    return same_names(root / "images" / split, root / "labels" / split, CLASSES_ALREADY, left_out)
-
-
 def find_ade20k(root: Path, split: str, left_out: Counter) -> list[Pair]:
     folder = "training" if split == "train" else "validation"
-    return same_names(root / "images" / folder, root / "annotations" / folder, ADE20K, left_out)
+    return find_pairs(root, folder, left_out, "annotations", ADE20K)
 
 
 def find_cityscapes(root: Path, split: str, left_out: Counter) -> list[Pair]:
@@ -128,13 +133,15 @@ def find_cityscapes(root: Path, split: str, left_out: Counter) -> list[Pair]:
 
 
 def find_voc_pairs(root: Path, split: str, _left_out: Counter) -> list[Pair]:
-    return [Pair(image, label) for image, label in read_voc_list(find_voc(root), split)]
+    files = read_voc_list(find_voc(root), split)
+    return [Pair(image, label) for image, label in files]
 
 
 def find_voc_aug(root: Path, split: str, left_out: Counter) -> list[Pair]:
     """VOC with SBD's labels, for more training images than VOC has."""
     pairs = []
-    for pair in find_voc_pairs(root, "trainaug" if split == "train" else split, left_out):
+    chosen = "trainaug" if split == "train" else split
+    for pair in find_voc_pairs(root, chosen, left_out):
         folder = pair.label.parent
         if folder.name == "SegmentationClass":                         # a list may name another
             folder = folder.with_name("SegmentationClassAug")
@@ -142,13 +149,18 @@ def find_voc_aug(root: Path, split: str, left_out: Counter) -> list[Pair]:
     return pairs
 
 
-FINDERS = {"ade20k": find_ade20k, "cityscapes": find_cityscapes, "voc": find_voc_pairs,
-           "voc_aug": find_voc_aug, "pairs": find_pairs}
+FINDERS = {
+    "ade20k": find_ade20k,
+    "cityscapes": find_cityscapes,
+    "voc": find_voc_pairs,
+    "voc_aug": find_voc_aug,
+    "pairs": find_pairs,
+}
 CLASSES = {
     "ade20k": [str(number) for number in range(1, 151)],
     "cityscapes": list(CITY_CLASSES.values()),
-    "voc": ["background", *VOC_NAMES],
-    "voc_aug": ["background", *VOC_NAMES],
+    "voc": VOC,
+    "voc_aug": VOC,
 }
 
 
@@ -160,7 +172,8 @@ class CocoLabels(Coco):
         for annotation in annotations:
             if annotation.get("iscrowd"):
                 annotation["category_id"] = "crowd"
-        super().sort_annotations(annotations, images, categories | {"crowd": {"name": "crowd"}}, crowd=True)
+        categories = categories | {"crowd": {"name": "crowd"}}
+        super().sort_annotations(annotations, images, categories, crowd=True)
 
     def label(self, i: int) -> Array:
         """(H, W) uint8: 0 = background, 1 ... 80 = the categories in the order of their ids.  Where objects
@@ -169,8 +182,8 @@ class CocoLabels(Coco):
             name, mask = named
             return math.inf if name == "crowd" else mask.sum()
 
-        size = self.images[i]["height"], self.images[i]["width"]
-        label = np.zeros(size, np.uint8)
+        image = self.images[i]
+        label = np.zeros((image["height"], image["width"]), np.uint8)
         number = {name: k for k, name in enumerate(self.categories, start=1)}
         for name, mask in sorted(self.objects(i), key=area, reverse=True):
             label[mask] = number.get(name, IGNORE)
@@ -187,20 +200,23 @@ class Pairs:
         root = Path(root)
         if not os.path.isdir(root):
             raise Mistake(f"--data {root}: no such folder")
+        if layout == "auto":
+            layout = find_layout(root)
         self.root = str(root)
-        self.layout = find_layout(root) if layout == "auto" else layout
+        self.layout = layout
         self.coco = None
-        if self.layout == "coco":
+        if layout == "coco":
             self.coco = CocoLabels(root, f"{split}2017")
             self.left_out = self.coco.left_out
             self.pairs = [Pair(image, self.coco.path) for image in self.coco.files]
             self.classes = ["background", *self.coco.categories]
         else:
             self.left_out = Counter()
-            self.pairs = FINDERS[self.layout](root, split, self.left_out)
-            self.classes = CLASSES.get(self.layout) or [str(k) for k in range(num_classes or 0)]
+            self.pairs = FINDERS[layout](root, split, self.left_out)
+            self.classes = CLASSES.get(layout) or [str(k) for k in range(num_classes or 0)]
 
-        lost = [path for pair in self.pairs for path in pair[:2] if not os.path.isfile(path)]
+        files = chain(*(pair[:2] for pair in self.pairs))
+        lost = [file for file in files if not os.path.isfile(file)]
         if lost or not self.pairs:
             found = f"{len(lost)} files are missing, the first {lost[0]}" if lost else "no images"
             raise Mistake(f"{root}, {split}: {found}; expected {LAYOUTS[self.layout]}")
@@ -216,14 +232,14 @@ class Pairs:
         a number that is no class."""
         pair = self.pairs[i]
         image = read_image(pair.image, upright=False)
-        size = image.shape[1:]
+        size = tuple(image.shape[1:])
         numbers = self.coco.label(i) if self.coco else read_numbers(pair.label)
         if numbers.shape != size:
-            raise BadImage(f"{pair.label}: shape {numbers.shape}, expected one number for each pixel, "
-                           f"{tuple(size)}")
-        label = pair.table[numbers.clip(0, 255)]
+            raise BadImage(f"{pair.label}: shape {numbers.shape}, expected one number for each pixel, {size}")
+        known = numbers.clip(0, 255)
+        label = pair.table[known]
         limit = len(self.classes) or IGNORE
-        wrong = (numbers < 0) | (numbers > 255) | ((label >= limit) & (label != IGNORE))
+        wrong = (numbers != known) | ((label >= limit) & (label != IGNORE))
         if wrong.any():
             raise BadImage(f"{pair.label}: holds class {numbers[wrong].max()}, expected 0 ... {limit - 1} or "
                            f"{IGNORE}")
@@ -235,16 +251,20 @@ def augment(image: Tensor, label: Tensor, crop: int, g: torch.Generator) -> tupl
     """A training sample: (3, crop, crop) uint8 and (crop, crop) uint8, padded with 0 and 255 where the image
     is smaller.  The same resize, crop and mirror for both; photometric distortion for the image."""
     scale, down, right, mirror, *colour = torch.rand(14, generator=g).tolist()
-    image = resize_short(image, round(crop * (0.5 + 1.5 * scale)), "bilinear")
-    H, W = image.shape[1:]
-    label = F.interpolate(label[None, None], size=(H, W), mode="nearest-exact")[0, 0]
-    beyond = [0, max(0, crop - W), 0, max(0, crop - H)]
+    short = round(crop * (0.5 + 1.5 * scale))
+    image = resize_short(image, short, "bilinear")
+    size = image.shape[1:]
+    label = F.interpolate(label[None, None], size=size, mode="nearest-exact")[0]
+
+    H = max(crop, size[0])
+    W = max(crop, size[1])
+    beyond = [0, W - size[1], 0, H - size[0]]
     image = F.pad(image, beyond)
     label = F.pad(label, beyond, value=IGNORE)
+    both = torch.cat([image, label])                                   # (4, H, W)
 
-    top = int(down * (max(0, H - crop) + 1))
-    left = int(right * (max(0, W - crop) + 1))
-    both = torch.cat([image, label[None]])                             # (4, H, W)
+    top = int(down * (H - crop + 1))
+    left = int(right * (W - crop + 1))
     both = both[:, top:top + crop, left:left + crop]
     if mirror < 0.5:
         both = both.flip(-1)
@@ -270,7 +290,8 @@ def distort(image: Tensor, draws: list[float]) -> Tensor:
         x = tvf.adjust_hue(x, 0.1 * hue - 0.05)
     if order >= 0.5:
         x = x * contrast
-    return (x.clamp(0, 1) * 255).round().byte()
+    x = x.clamp(0, 1) * 255
+    return x.round().byte()
 
 
 class Samples(Dataset):
@@ -290,7 +311,8 @@ class Samples(Dataset):
         total = len(self.pairs)
         epoch, place = divmod(n, total)
         if epoch != self.epoch:
-            self.order = torch.randperm(total, generator=generator_of(self.seed, "order", epoch)).tolist()
+            g = generator_of(self.seed, "order", epoch)
+            self.order = torch.randperm(total, generator=g).tolist()
             self.epoch = epoch
         index = self.order[place]
         fault = ""
@@ -303,4 +325,10 @@ class Samples(Dataset):
         else:
             raise BadImage(f"{step + 1} pairs in a row cannot be read, the first: {fault}")
         image, label = augment(image, label, self.crop, generator_of(self.seed, "crop", n))
-        return {"image": image, "label": label, "index": index, "bad": index if fault else -1, "fault": fault}
+        return {
+            "image": image,
+            "label": label,
+            "index": index,
+            "bad": index if fault else -1,
+            "fault": fault,
+        }

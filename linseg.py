@@ -56,9 +56,11 @@ class Probe(nn.Module):
         self.vit = vit.requires_grad_(False)
         self.blocks = blocks
         dim = len(blocks) * vit.embed_dim
-        self.head = nn.Sequential(OrderedDict(bn=nn.BatchNorm2d(dim), conv=nn.Conv2d(dim, classes, 1)))
-        nn.init.normal_(self.head.conv.weight, std=0.01)
-        nn.init.zeros_(self.head.conv.bias)
+        bn = nn.BatchNorm2d(dim)
+        conv = nn.Conv2d(dim, classes, 1)
+        nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(conv.bias)
+        self.head = nn.Sequential(OrderedDict(bn=bn, conv=conv))
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ class Probe(nn.Module):
         maps = []
         for tokens in self.vit.intermediate(x, self.blocks):
             patches = tokens[:, self.vit.num_prefix_tokens:].float()
-            maps.append(patches.transpose(1, 2).unflatten(2, grid))
+            maps.append(patches.mT.unflatten(2, grid))
         return torch.cat(maps, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def learning_rate(step: int, args) -> float:
     """Linear warm-up, then linear to 0."""
     warmup = min(args.warmup_iters, args.iters // 4)
     up = (step + 1) / max(warmup, 1)
-    down = (args.iters - step) / max(args.iters - warmup, 1)
+    down = (args.iters - step) / (args.iters - warmup)
     return args.lr * min(up, down)
 
 
@@ -97,7 +99,7 @@ def batches_of(train: Pairs, args, first: int, pin: bool) -> Iterator[tuple[int,
     end = args.iters * args.batch_size
     loader = DataLoader(
         Samples(train, args.crop, args.seed),
-        batch_size=args.batch_size // W,
+        args.batch_size // W,
         sampler=range(start, end, W),
         num_workers=args.num_workers,
         pin_memory=pin,
@@ -108,7 +110,7 @@ def batches_of(train: Pairs, args, first: int, pin: bool) -> Iterator[tuple[int,
         yield step, next_batch(batches)
 
 
-def loss_of(model: nn.Module, batch: dict, device: torch.device) -> Tensor:
+def loss_of(model: nn.Module, batch: dict, device) -> Tensor:
     """Cross-entropy, a mean over the scored pixels of all ranks; 0 where there are none."""
     image = to_device(batch["image"], device)                          # (B, 3, crop, crop)
     label = to_device(batch["label"], device)                          # (B, crop, crop)
@@ -119,10 +121,10 @@ def loss_of(model: nn.Module, batch: dict, device: torch.device) -> Tensor:
     return loss * W / scored.clamp(min=1)
 
 
-def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first: int) -> None:
+def fit(probe: Probe, optimizer, train: Pairs, args, device, first: int) -> None:
     """Train the head from iteration `first` to the end."""
     def save(step: int) -> None:
-        checkpoint.save(Path(args.output_dir) / "last.pth", {
+        checkpoint.save(f"{args.output_dir}/last.pth", {
             "step": step,
             "options": training.options_of(args),
             "head": probe.head.state_dict(),
@@ -142,13 +144,13 @@ def fit(probe: Probe, optimizer, train: Pairs, args, device: torch.device, first
         loss = loss_of(model, batch, device)
         optimizer.zero_grad()
         loss.backward()
+        lr = learning_rate(step, args)
         gradients = [p.grad for p in probe.head.parameters()]
         values = {"loss": loss.detach(), "grad_norm": nn.utils.get_total_norm(gradients)}
-        rates = {"lr": learning_rate(step, args)}
-        guard.check(step, values, rates, [batch])                      # ends all ranks on NaN
+        guard.check(step, values, {"lr": lr}, [batch])                 # ends all ranks on NaN
 
         for group in optimizer.param_groups:
-            group["lr"] = rates["lr"]
+            group["lr"] = lr
         optimizer.step()
         guard.after_step(step + 1)
     guard.finish()
@@ -173,20 +175,21 @@ def sliding_logits(predict: Callable, image: Tensor, crop: int, stride: int) -> 
     where it is smaller than a window.  Returns (C, H, W)."""
     H, W = image.shape[1:]
     image = F.pad(image, [0, max(0, crop - W), 0, max(0, crop - H)])
-    size = image.shape[1:]
+    height, width = image.shape[1:]
     total = None
-    count = torch.zeros(size, device=image.device)
-    for top in windows(size[0], crop, stride):
-        for left in windows(size[1], crop, stride):
+    count = torch.zeros(height, width, device=image.device)
+    for top in windows(height, crop, stride):
+        for left in windows(width, crop, stride):
             rows = slice(top, top + crop)
             columns = slice(left, left + crop)
             window = normalize(image[None, :, rows, columns])
             logits = predict(window)[0]                                # (C, crop, crop)
             if total is None:
-                total = logits.new_zeros(len(logits), *size)
+                total = logits.new_zeros(len(logits), height, width)
             total[:, rows, columns] += logits
             count[rows, columns] += 1
-    return (total / count)[:, :H, :W]
+    mean = total / count
+    return mean[:, :H, :W]
 
 
 def likeliest(logits: Tensor, size: torch.Size, together: int = 16) -> Tensor:
@@ -204,10 +207,11 @@ def likeliest(logits: Tensor, size: torch.Size, together: int = 16) -> Tensor:
     return number
 
 
-def segment(probe: Probe, image: Tensor, size: torch.Size, crop: int, device: torch.device) -> Tensor:
+def segment(probe: Probe, image: Tensor, size: torch.Size, crop: int, device) -> Tensor:
     """(3, H, W) uint8 -> class numbers, (*size)."""
     image = resize_short(image, crop, "bilinear")
-    logits = sliding_logits(probe, to_device(image, device), crop, test_stride(crop))
+    image = to_device(image, device)
+    logits = sliding_logits(probe, image, crop, test_stride(crop))
     return likeliest(logits, size).cpu()
 
 
@@ -232,7 +236,7 @@ def scores(counts: Tensor) -> tuple[float, float, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(probe: Probe, val: Pairs, args, device: torch.device) -> tuple[Tensor, Unreadable]:
+def evaluate(probe: Probe, val: Pairs, args, device) -> tuple[Tensor, Unreadable]:
     """Confusion matrix (C, C) over all ranks, and the pairs that could not be read."""
     probe.head.eval()
     C = len(val.classes)
@@ -267,10 +271,10 @@ def report(counts: Tensor, classes: list[str]) -> dict:
     return {"miou": round(miou, 3), "accuracy": round(accuracy, 3), "iou": by_class}
 
 
-def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 6) -> None:
-    """predictions.png: image, prediction and truth of n test images, evenly spaced."""
+def save_picture(probe: Probe, val: Pairs, args, device) -> None:
+    """predictions.png: image, prediction and truth of 6 test images, evenly spaced."""
     rows = []
-    for i in evenly(n, len(val)):
+    for i in evenly(6, len(val)):
         try:
             image, label = val.read(i)
         except BadImage:                 # `evaluate` has named it
@@ -280,12 +284,13 @@ def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 
         truth = figure.painted(photo, label.numpy())
         truth[label == IGNORE] = figure.WHITE
         there = [val.classes[k] for k in label.unique() if k != IGNORE]
-        rows.append((f"{Path(val.name(i)).stem}: {', '.join(there)}", [
+        panels = [
             ("image", photo),
             ("prediction", figure.painted(photo, guess.numpy())),
             ("truth (white: not scored)", truth),
-        ]))
-    path = Path(args.output_dir) / "predictions.png"
+        ]
+        rows.append((f"{Path(val.name(i)).stem}: {', '.join(there)}", panels))
+    path = f"{args.output_dir}/predictions.png"
     if rows:
         with run.writing(path):
             figure.sheet(rows).save(path)
@@ -293,7 +298,7 @@ def save_picture(probe: Probe, val: Pairs, args, device: torch.device, n: int = 
 
 
 # ------------------------------------------------- one run per checkpoint
-def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> argparse.Namespace:
+def own_args(args, ckpt: str, vit: ViT, train: Pairs) -> argparse.Namespace:
     """The options of the run of one checkpoint.  Raises Mistake for what its network cannot do."""
     own = copy.copy(args)
     own.ckpt = ckpt
@@ -313,7 +318,7 @@ def own_args(args: argparse.Namespace, ckpt: str, vit: ViT, train: Pairs) -> arg
     return own
 
 
-def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> None:
+def run_one(args, vit: ViT, train: Pairs, val: Pairs, device) -> None:
     """Train and test the head of one checkpoint, and report."""
     started = time.time()
     torch.manual_seed(args.seed)
@@ -337,14 +342,21 @@ def run_one(args, vit: ViT, train: Pairs, val: Pairs, device: torch.device) -> N
     metrics = report(counts, val.classes) | unreadable.for_json()
     metrics["n_unreadable_train"] = len(training.bad_names(args.output_dir))
     run.record(
-        args.json, eval="linseg", ckpt=args.ckpt, weights=args.weights,
-        data=args.data, data_digest=f"{data.digest(train)}-{data.digest(val)}",
-        protocol=protocol, metrics=metrics, seconds=time.time() - started, device=device,
+        args.json,
+        eval="linseg",
+        ckpt=args.ckpt,
+        weights=args.weights,
+        data=args.data,
+        data_digest=f"{data.digest(train)}-{data.digest(val)}",
+        protocol=protocol,
+        metrics=metrics,
+        seconds=time.time() - started,
+        device=device,
     )
     save_picture(probe, val, args, device)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     device = run.begin(args)
     run.check_outputs(args, "json")
     W = distributed.world_size()
@@ -356,15 +368,20 @@ def main(args: argparse.Namespace) -> None:
         raise Mistake(f"--num_classes: {train.layout} has its own {len(train.classes)} classes")
     if not train.classes:
         raise Mistake("--num_classes: how many classes do the labels of this folder have?")
-    left_out = train.left_out + val.left_out
-    left = ", ".join(f"{count} {what}" for what, count in left_out.items())
-    say(f"linseg, {train.layout}: {len(train)} train, {len(val)} test images, {len(train.classes)} classes"
-        + (f", left out: {left}" if left else ""))
+    left = data.counted(train.left_out + val.left_out)
+    left = f", left out: {left}" if left else ""
+    say(f"linseg, {train.layout}: {len(train)} train, {len(val)} test images, {len(train.classes)} "
+        f"classes{left}")
 
     jobs = []
+    weights = {}                         # in each folder
     for ckpt in args.ckpt:
         vit = checkpoint.open_backbone(args, ckpt, device)
-        jobs.append((own_args(args, ckpt, vit, train), vit))
+        own = own_args(args, ckpt, vit, train)
+        if weights.setdefault(own.output_dir, own.weights) != own.weights:
+            raise Mistake(f"--ckpt {ckpt}: another one has the folder {own.output_dir}: run it by itself, "
+                          "with its own --output_dir")
+        jobs.append((own, vit))
     for own, vit in jobs:
         run_one(own, vit, train, val, device)
 

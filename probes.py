@@ -20,9 +20,9 @@ Images are cropped to 224 px, or to the multiple of the patch size below it.  Co
 Shapes: n images, S pixels of a side, R views, N patches, D width, E episodes."""
 import argparse
 import csv
+import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -39,21 +39,23 @@ import run
 from clicks import block_features
 from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images
 from distributed import say
-from images import BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
+from images import ROOM, BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
 from knn import KS, draw_episodes, extract_features, few_shot, knn_of, knn_of_blocks
 from masking import GMML, draw_corruption, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
-from run import Mistake, at_least
+from run import Mistake
 
-ROOM = 256 / 224                               # short side of an image before the crop, in sides of the crop
+Found = tuple[dict, dict]                      # what a probe returns: its protocol, and its numbers
 
 
 # ------------------------------------------------- k-NN
-def knn_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+def knn_probe(args, ckpt, vit, sources, size, device, unreadable) -> Found:
     say(f"k-NN: cosine, votes exp(cosine / {args.temp:g})")
     result = knn_of(
         vit, *sources, size, device, args.nb_knn, args.temp,
-        batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        unreadable=unreadable,
     )
     for head, accuracy in result.items():
         cells = [f"k={k} {percent:.1f}" for k, percent in accuracy.items()]
@@ -71,6 +73,7 @@ class MiniImageNet(ImageFolder):
             text = table.read_text(encoding="utf-8-sig", errors="surrogateescape")
         except OSError as e:
             raise Mistake(f"{table}: cannot be read ({e.strerror})") from e
+        self.root = str(root)
         self.files = []
         names = []
         for line in csv.DictReader(text.splitlines()):
@@ -78,17 +81,16 @@ class MiniImageNet(ImageFolder):
             if label and (only is None or label in only):
                 self.files.append(str(root / "images" / line["filename"]))
                 names.append(label)
+        self.classes = sorted(set(names))
         if missing := sorted(set(only or ()) - set(names)):
             raise Mistake(f"{table}: no image of {', '.join(missing[:5])}, which --classes names")
         if not names:
             raise Mistake(f"{table}: no lines of filename,label")
-        self.root = str(root)
-        self.classes = sorted(set(names))
         self.labels = [self.classes.index(name) for name in names]
-        self.about = data.described(len(names), self.classes, Counter())
+        self.about = data.described(len(names), self.classes)
 
 
-def open_few_shot(args: argparse.Namespace):
+def open_few_shot(args):
     """What --data names: mini-ImageNet, a val split, or else the folder itself."""
     root = Path(args.data)
     only = data.chosen_classes(args.classes)
@@ -102,7 +104,7 @@ def open_few_shot(args: argparse.Namespace):
     return images
 
 
-def few_shot_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+def few_shot_probe(args, ckpt, vit, sources, size, device, unreadable) -> Found:
     images = sources[0]
     [features], labels = extract_features(
         vit, images, size, device, args.batch_size, args.num_workers, unreadable=unreadable)
@@ -110,33 +112,36 @@ def few_shot_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
     unreadable.say()
     least = episodes.shape[-1]
     counts = torch.bincount(labels, minlength=len(images.classes))
-    small = [str(images.classes[c]) for c in (counts < least).nonzero()[:, 0]]
+    small = [str(name) for name, n in zip(images.classes, counts, strict=True) if n < least]
     if small:
         say(f"left out, as they have fewer than {least} images: {', '.join(small)}")
 
     say(f"5-way 1-shot, 600 episodes of 75 queries, CLS, {len(labels)} images of "
         f"{len(images.classes)} classes, {len(unreadable.names)} unreadable")
     result = few_shot(features["cls"], episodes)
-    best = max(result["f1"], key=result["f1"].get)
-    result["f1_best"] = result["f1"][best]
+    f1 = result["f1"]
+    best = max(f1, key=f1.get)
+    result["f1_best"] = f1[best]
     say(f"accuracy {result['accuracy']:.1f} +- {result['ci95']:.1f} % (chance 20)")
-    cells = [f"{t}: {percent:.1f}" for t, percent in result["f1"].items()]
-    say(f"F1 (always yes: 33.3) at t = {'  '.join(cells)}  best {result['f1_best']:.1f} ({best})")
+    cells = [f"{t}: {percent:.1f}" for t, percent in f1.items()]
+    say(f"F1 (always yes: 33.3) at t = {'  '.join(cells)}  best {f1[best]:.1f} ({best})")
     return {"seed": args.seed, "classes_left_out": small}, result
 
 
 # ------------------------------------------------- variance
-def variance_over_views(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, ..., D) features of R views -> their variance over the views, mean over all else, and D times that
-    of the L2-normalised features."""
+def variance_over_views(parts: list[Tensor]) -> Tensor:
+    """Parts (r, ..., D) of the features of R views -> (2,): their variance over the views, the mean over all
+    else, and D times that of the L2-normalised features."""
+    features = torch.cat(parts).float()
     D = features.shape[-1]
     directions = F.normalize(features, dim=-1)
-    return features.var(0).mean(), D * directions.var(0).mean()
+    normalised = D * directions.var(0).mean()
+    return torch.stack([features.var(0).mean(), normalised])
 
 
 @torch.no_grad()
 def variance_of(
-    encode: Callable, images, size: int, n: int, views: int, device: torch.device,
+    encode: Callable, images, size: int, n: int, views: int, device,
     seed: int = 0, batch: int = 64, unreadable: Unreadable | None = None,
 ) -> dict[str, float]:
     """Table 10: {"crops": of CLS over random crops, "masks": of the patches over maskings, and the two
@@ -146,7 +151,7 @@ def variance_of(
     pretraining without colour; each masking overwrites half of the centre crop with noise."""
     half_noise = GMML(noise_p=1.0, drop_perc=(0.5, 0.5))
     unreadable = unreadable or Unreadable(n, max_bad=1.0)
-    rows = []
+    found = []
     for i in tqdm(evenly(n, len(images)), "variance", leave=False, disable=None):
         try:
             image = images.read(i)
@@ -158,28 +163,25 @@ def variance_of(
         cls = []
         for part in torch.stack(crops).split(batch):
             tokens, _ = encode(normalize(part.to(device)))
-            cls.append(tokens.float())
+            cls.append(tokens)
 
-        clean = normalize(centre_crop(image, size, round(size * ROOM)).to(device))
+        clean = normalize(centre_crop(image, size).to(device))
         patches = []
-        for part in torch.arange(views).tensor_split(-(-views // batch)):            # no part of one view
+        for part in torch.arange(views).tensor_split(math.ceil(views / batch)):     # none of one view
             mask, alien, noise_seed = draw_corruption(half_noise, size, [g] * len(part))
             x = clean.expand(len(part), -1, -1, -1)
             _, tokens = encode(gmml(x, mask.to(device), alien, noise_seed))
-            patches.append(tokens.float())
-        of_crops = variance_over_views(torch.cat(cls))
-        of_masks = variance_over_views(torch.cat(patches))
-        rows.append(torch.stack([*of_crops, *of_masks]).cpu())
-    if not rows:
+            patches.append(tokens)
+        of_image = [variance_over_views(cls), variance_over_views(patches)]
+        found.append(torch.stack(of_image, dim=1).cpu())
+    if not found:
         raise Mistake(f"variance: none of the images can be read, such as {images.name(0)}")
-    crops, crops_normalised, masks, masks_normalised = torch.stack(rows).mean(0).tolist()
-    return {
-        "crops": crops, "masks": masks,
-        "crops_normalised": crops_normalised, "masks_normalised": masks_normalised,
-    }
+    means = torch.stack(found).mean(0).flatten()
+    names = "crops masks crops_normalised masks_normalised".split()
+    return dict(zip(names, means.tolist(), strict=True))
 
 
-def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> Found:
     images = sources[0]
     unreadable.total = min(args.limit, len(images))
     say(f"variance: {unreadable.total} images, {args.views} crops and {args.views} noise maskings of half "
@@ -188,10 +190,9 @@ def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = vit(x)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens:]
+
     v = variance_of(
-        encode, images, size, args.limit, args.views, device, args.seed,
-        unreadable=unreadable,
-    )
+        encode, images, size, args.limit, args.views, device, args.seed, unreadable=unreadable)
     unreadable.say()
     say(f"CLS over crops {v['crops']:.3f} (normalised x D {v['crops_normalised']:.3f})   patches over "
         f"maskings {v['masks']:.3f} (normalised x D {v['masks_normalised']:.3f})")
@@ -202,41 +203,42 @@ def variance_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[
 def student_of(ckpt: str, vit: ViT) -> MMC | None:
     """The student with its reconstruction head from a checkpoint of pretraining (last.pth), whose teacher is
     `vit`; None for a file of another kind, or without that head."""
-    content = {} if ckpt.startswith("random:") else checkpoint.load(ckpt)
-    state = content.get("student")
+    if ckpt.startswith("random:"):
+        return None
+    state = checkpoint.load(ckpt).get("student")
     if not isinstance(state, dict) or "h_rec.0.weight" not in state:
         return None
     hidden = len(state["h_rec.0.weight"])
     student = MMC(ViT(**vit.config), rec=True, pat=False, cls=False, hidden=hidden)
-    state = {k: v for k, v in state.items() if k.startswith(("backbone.", "h_rec."))}
-    student.load_state_dict(state)
+    parts = ("backbone.", "h_rec.")
+    student.load_state_dict({name: w for name, w in state.items() if name.startswith(parts)})
     return student.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def layers_picture(
-    student: MMC, images, size: int, blocks: list[int], n: int = 6,
-) -> figure.Picture | None:
-    """Fig. 9: n images, corrupted, and what h_rec makes of all patches of each block; below each the mean
+def layers_picture(student: MMC, images, size: int, blocks: list[int]) -> figure.Picture | None:
+    """Fig. 9: 6 images, corrupted, and what h_rec makes of all patches of each block; below each the mean
     absolute difference to the original.  None where fewer than two images can be read."""
     dataset = data.CentreCrop(images, size)
     crops = {}
-    for i in evenly(n, len(images)):
-        crop, _, _, readable = dataset[i]
+    for i in evenly(6, len(images)):
+        crop, *_, readable = dataset[i]
         if readable:
             crops[i] = crop
     if len(crops) < 2:
         return None
-    P = student.backbone.patch_size
+    vit = student.backbone
+    P = vit.patch_size
+    side = size // P
     clean = normalize(torch.stack(list(crops.values())))               # (n, 3, S, S)
     generators = [Generator().manual_seed(i) for i in crops]
     corruption = draw_corruption(GMML(noise_p=0.0, align=P), size, generators)
     corrupted = gmml(clean, *corruption)
     panels = {"corrupted": corrupted}
-    outputs = student.backbone.intermediate(corrupted, blocks, norm=True)
+    outputs = vit.intermediate(corrupted, blocks, norm=True)
     for block, tokens in zip(blocks, outputs, strict=True):            # (n, T, D)
-        patches = student.h_rec(tokens[:, student.backbone.num_prefix_tokens:])
-        panels[f"block {block}"] = unpatchify(patches, P, size // P, size // P)
+        patches = student.h_rec(tokens[:, vit.num_prefix_tokens:])
+        panels[f"block {block}"] = unpatchify(patches, P, side, side)
 
     rows = []
     for row, i in enumerate(crops):
@@ -281,22 +283,31 @@ def prompt_iou(args, vit, images, blocks: list[int], device) -> tuple[dict[int, 
     def features(images: Tensor) -> list[Tensor]:
         x = normalize(to_device(images, device))
         return [z.cpu() for z in block_features(vit, x, blocks)]
-    tables = prompt_tables(features, scenes, Protocol(size=size), P, num_workers=args.num_workers,
-                           max_bad=args.max_bad)
-    tables[0].unreadable.say()
-    summaries = [table.summary() for table in tables]
-    say(f"IoU of the mask that takes everything: {summaries[0]['everything']:.1f}")
-    best = [summary["best"] for summary in summaries]
-    return dict(zip(blocks, best, strict=True)), tables[0].unreadable.names
+
+    tables = prompt_tables(
+        features, scenes, Protocol(size=size), P,
+        num_workers=args.num_workers, max_bad=args.max_bad,
+    )
+    unreadable = tables[0].unreadable
+    unreadable.say()
+    iou = {}
+    for block, table in zip(blocks, tables, strict=True):
+        summary = table.summary()
+        iou[block] = summary["best"]
+    say(f"IoU of the mask that takes everything: {summary['everything']:.1f}")
+    return iou, unreadable.names
 
 
-def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[dict, dict]:
+def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> Found:
     blocks = args.blocks or list(range(1, vit.depth + 1))
     say(f"layers: blocks {blocks}, k-NN as in `knn` with k = 10")
     iou, bad_scenes = prompt_iou(args, vit, sources[1], blocks, device)
     results = knn_of_blocks(
-        vit, *sources, size, device, [10], blocks=blocks,
-        batch_size=args.batch_size, workers=args.num_workers, unreadable=unreadable,
+        vit, *sources, size, device, [10],
+        blocks=blocks,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        unreadable=unreadable,
     )
     unreadable.names += bad_scenes
     cls = {}
@@ -308,10 +319,7 @@ def layers_probe(args, ckpt, vit, sources, size, device, unreadable) -> tuple[di
         say(f"block {block:2}  k-NN CLS {cls[block]:.1f}  PAT {pat[block]:.1f}{prompts}")
     late = [block for block in blocks if block > vit.depth // 2]
     draw_layers(args, ckpt, vit, sources[1], size, late or blocks)
-    protocol = {
-        "blocks": blocks, "k": 10,
-        "coco": args.coco, "voc": args.voc, "limit": args.limit,
-    }
+    protocol = {"blocks": blocks, "k": 10, "coco": args.coco, "voc": args.voc, "limit": args.limit}
     return protocol, {"knn_cls": cls, "knn_pat": pat, "prompt_iou": iou}
 
 
@@ -338,7 +346,7 @@ def draw_layers(args, ckpt: str, vit: ViT, images, size: int, blocks: list[int])
 PROBES = {"knn": knn_probe, "fewshot": few_shot_probe, "variance": variance_probe, "layers": layers_probe}
 
 
-def open_sources(args: argparse.Namespace) -> list:
+def open_sources(args) -> list:
     """The images of a probe, and what they hold, said: train and test for knn and layers, one source for the
     others.  Raises Mistake."""
     if args.probe == "variance":
@@ -359,62 +367,71 @@ def open_sources(args: argparse.Namespace) -> list:
     return [images]
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     if args.probe not in PROBES:
         args.main(args)
         return
     run.check_outputs(args, "json", "picture")
     device = run.begin(args, one_process=True)
     networks = [checkpoint.open_backbone(args, ckpt, device) for ckpt in args.ckpt]
-    sizes = [crop_size(vit.patch_size, args.size) for vit in networks]
+    for vit in networks:
+        crop_size(vit.patch_size, args.size)                           # a mistake is told before the work
     deepest = min(vit.depth for vit in networks)
-    if max(getattr(args, "blocks", None) or [1]) > deepest:
-        raise Mistake(f"--blocks {max(args.blocks)}: expected 1 to {deepest}, the blocks of the network")
+    blocks = getattr(args, "blocks", None) or [1]
+    if max(blocks) > deepest:
+        raise Mistake(f"--blocks {max(blocks)}: expected 1 to {deepest}, the blocks of the network")
     sources = open_sources(args)
-    for ckpt, vit, size in zip(args.ckpt, networks, sizes, strict=True):
-        run_one(args, ckpt, vit, sources, size, device)
+    for ckpt, vit in zip(args.ckpt, networks, strict=True):
+        run_one(args, ckpt, vit, sources, device)
 
 
-def run_one(args, ckpt: str, vit: ViT, sources: list, size: int, device: torch.device) -> None:
+def run_one(args, ckpt: str, vit: ViT, sources: list, device) -> None:
     """One probe of one checkpoint: says and records it."""
     began = time.perf_counter()
+    size = crop_size(vit.patch_size, args.size)
     unreadable = Unreadable(sum(map(len, sources)), args.max_bad)
     say(f"{ckpt}: short side {round(size * ROOM)}, centre {size} px, {args.precision}")
-    protocol, metrics = PROBES[args.probe](args, ckpt, vit, sources, size, device, unreadable)
+    probe = PROBES[args.probe]
+    protocol, metrics = probe(args, ckpt, vit, sources, size, device, unreadable)
     run.record(
-        args.json, eval=args.probe, ckpt=ckpt, weights=checkpoint.digest(vit), data=args.data,
-        data_digest="-".join(data.digest(images) for images in sources),
+        args.json,
+        eval=args.probe,
+        ckpt=ckpt,
+        weights=checkpoint.digest(vit),
+        data=args.data,
+        data_digest="-".join(map(data.digest, sources)),
         protocol={"size": size, "precision": args.precision, **protocol},
         metrics=metrics | unreadable.for_json(),
-        seconds=time.perf_counter() - began, device=device,
+        seconds=time.perf_counter() - began,
+        device=device,
     )
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    argv = sys.argv[1:] if argv is None else argv
     parser = run.Parser(description=__doc__)
     probes = parser.add_subparsers(dest="probe", required=True, metavar="PROBE")
-    network = "ckpt checkpoint_key num_heads device precision json"
-    images = "data data_root download max_bad size"
-    loader = "num_workers batch_size"
+    shared = "ckpt checkpoint_key num_heads device precision json data data_root download max_bad size"
 
-    p = probes.add_parser("knn", help="weighted k-nearest-neighbour accuracy", description=__doc__)
-    run.add_shared(p, f"{network} {images} classes val_data {loader}")
-    p.add_argument("--nb_knn", type=at_least(1), nargs="+", default=KS, help="values of k (10 20 50 100)")
+    def add(name: str, about: str, more: str):
+        p = probes.add_parser(name, help=about, description=__doc__)
+        run.add_shared(p, f"{shared} classes {more}")
+        return p
+
+    p = add("knn", "weighted k-nearest-neighbour accuracy", "val_data num_workers batch_size")
+    p.add_argument("--nb_knn", type=run.count, nargs="+", default=KS, help="values of k (10 20 50 100)")
     p.add_argument("--temp", type=run.above(0.0), default=0.07, help="of the votes (default 0.07)")
 
-    p = probes.add_parser("fewshot", help="5-way 1-shot classification", description=__doc__)
-    run.add_shared(p, f"{network} {images} classes {loader} seed")
+    add("fewshot", "5-way 1-shot classification", "num_workers batch_size seed")
 
-    p = probes.add_parser("variance", help="feature variance under crops and masks", description=__doc__)
-    run.add_shared(p, f"{network} {images} classes seed")
-    p.add_argument("--limit", type=at_least(1), default=100, help="images, evenly spaced (default 100)")
-    p.add_argument("--views", type=at_least(2), default=128, help="crops and maskings of each (paper 128)")
+    p = add("variance", "feature variance under crops and masks", "seed")
+    p.add_argument("--limit", type=run.count, default=100, help="images, evenly spaced (default 100)")
+    p.add_argument("--views", type=run.at_least(2), default=128,
+                   help="crops and maskings of each (paper 128)")
 
-    p = probes.add_parser("layers", help="k-NN and reconstruction of each block", description=__doc__)
-    run.add_shared(p, f"{network} {images} classes val_data {loader}")
-    p.add_argument("--blocks", type=at_least(1), nargs="+", help="blocks, from 1 (default: all)")
-    p.add_argument("--limit", type=at_least(1), help="scenes for the prompt IoU (default 200)")
+    p = add("layers", "k-NN and reconstruction of each block", "val_data num_workers batch_size")
+    p.add_argument("--blocks", type=run.count, nargs="+", help="blocks, from 1 (default: all)")
+    p.add_argument("--limit", type=run.count, help="scenes for the prompt IoU (default 200)")
     p.add_argument("--picture", default="layers.png", help="of reconstructions (default layers.png)")
     p = p.add_mutually_exclusive_group()
     p.add_argument("--coco", help="COCO folder, for the prompt IoU (with --data toy: toy scenes)")

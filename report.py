@@ -27,55 +27,74 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """paper: rows {head: number} by name, for data whose name holds the key."""
     title: str
     columns: list[Column]
-    paper: dict[str, dict[str, dict[str, str]]] = {}
 
 
 TABLES = {
-    "zeroshot": Table(
-        "Tables 1 and 5 (which names no architecture): one clicked patch, mIoU in %, overlap O",
-        [Column(f"t = {t}", f"miou {t}") for t in ("0.1", "0.2", "0.3", "0.4")]
-        + [Column("best t", "best"), Column("auto", "auto"), Column("everything", "everything", None),
-           Column("O", "overlap", min, 3)],
-        {"COCO": {
-            "MMC, ViT-B": {"best t": "38.4", "O": ".55"},
-            "iBOT": {"best t": "36.2", "O": ".56"},
-            "DINO": {"best t": "35.1", "O": ".66"},
-            "MAE": {"best t": "30.1", "O": ".76"},
-            "random": {"t = 0.1": "16.8", "t = 0.2": "16.6", "t = 0.3": "16.2", "t = 0.4": "15.5"},
-        }}),
-    "linseg": Table(
-        "Table 3, and Table 1 Lin.: linear segmentation, in %",
-        [Column("mIoU", "miou"), Column("pixel accuracy", "accuracy")],
-        {"coco": {"MMC, ViT-B": {"mIoU": "46.4"}}, "ade20k": {"MMC": {"mIoU": "37.0"}},
-         "cityscapes": {"MMC": {"mIoU": "62.6"}}, "voc": {"MMC, augmented set": {"mIoU": "77.7"}}}),
-    "davis": Table(
-        "Table 2: DAVIS-2017, in %",
-        [Column("J&F", "J&F-Mean"), Column("J", "J-Mean"), Column("F", "F-Mean")],
-        {"": {"MMC, ViT-S": {"J&F": "60.3"}, "iBOT, ViT-S": {"J&F": "59.7"}, "DINO, ViT-S": {"J&F": "57.7"},
-              "MMC, ViT-B": {"J&F": "63.8"}, "DINO, ViT-B": {"J&F": "62.3"}}}),
-    "knn": Table(
-        "Tables 4, 6, 11: k-NN, in %",
-        [Column(f"{head}, k = {k}", f"{head.lower()} {k}")
-         for k in (10, 20) for head in ("CLS", "PAT", "hybrid")],
-        {"": {"MMC, ViT-S, ImageNet-100, 200 epochs": {"CLS, k = 10": "77.5", "PAT, k = 10": "77.0"}}}),
-    "fewshot": Table(
-        "Table 8: 5-way 1-shot, in %",
-        [Column("accuracy", "accuracy"), Column("of 95 % +-", "ci95", None), Column("best F1", "f1_best")],
-        {"": {"MAE (always yes)": {"best F1": "33.3"}}}),
-    "retrieval": Table(
-        "Table 9: revisited Oxford and Paris, mAP in %",
-        [Column("medium", "medium map"), Column("hard", "hard map")]),
-    "variance": Table(
-        "Table 10: variance of the features",
-        [Column("CLS over crops", "crops", None, 3), Column("patches over masks", "masks", None, 3),
-         Column("CLS, normalised", "crops_normalised", min, 3),
-         Column("patches, normalised", "masks_normalised", min, 3)],
-        {"": {"MMC": {"CLS over crops": ".19", "patches over masks": ".32"},
-              "DINO": {"CLS over crops": ".43", "patches over masks": "1.00"}}}),
+    "zeroshot": Table("Tables 1 and 5 (which names no architecture): one clicked patch, mIoU in %, "
+                      "overlap O", [
+        Column("t = 0.1", "miou 0.1"),
+        Column("t = 0.2", "miou 0.2"),
+        Column("t = 0.3", "miou 0.3"),
+        Column("t = 0.4", "miou 0.4"),
+        Column("best t", "best"),
+        Column("auto", "auto"),
+        Column("everything", "everything", None),
+        Column("O", "overlap", min, 3),
+    ]),
+    "linseg": Table("Table 3, and Table 1 Lin.: linear segmentation, in %", [
+        Column("mIoU", "miou"),
+        Column("pixel accuracy", "accuracy"),
+    ]),
+    "davis": Table("Table 2: DAVIS-2017, in %", [
+        Column("J&F", "J&F-Mean"),
+        Column("J", "J-Mean"),
+        Column("F", "F-Mean"),
+    ]),
+    "knn": Table("Tables 4, 6, 11: k-NN, in %", [
+        Column("CLS, k = 10", "cls 10"),
+        Column("PAT, k = 10", "pat 10"),
+        Column("hybrid, k = 10", "hybrid 10"),
+        Column("CLS, k = 20", "cls 20"),
+        Column("PAT, k = 20", "pat 20"),
+        Column("hybrid, k = 20", "hybrid 20"),
+    ]),
+    "fewshot": Table("Table 8: 5-way 1-shot, in %", [
+        Column("accuracy", "accuracy"),
+        Column("of 95 % +-", "ci95", None),
+        Column("best F1", "f1_best"),
+    ]),
+    "retrieval": Table("Table 9: revisited Oxford and Paris, mAP in %", [
+        Column("medium", "medium map"),
+        Column("hard", "hard map"),
+    ]),
+    "variance": Table("Table 10: variance of the features", [
+        Column("CLS over crops", "crops", None, 3),
+        Column("patches over masks", "masks", None, 3),
+        Column("CLS, normalised", "crops_normalised", min, 3),
+        Column("patches, normalised", "masks_normalised", min, 3),
+    ]),
 }
+# The paper's rows: evaluation | what the name of the data holds | title | column: number | ...
+PAPER = """zeroshot | COCO | MMC, ViT-B | best t: 38.4 | O: .55
+zeroshot | COCO | iBOT | best t: 36.2 | O: .56
+zeroshot | COCO | DINO | best t: 35.1 | O: .66
+zeroshot | COCO | MAE | best t: 30.1 | O: .76
+zeroshot | COCO | random | t = 0.1: 16.8 | t = 0.2: 16.6 | t = 0.3: 16.2 | t = 0.4: 15.5
+linseg | coco | MMC, ViT-B | mIoU: 46.4
+linseg | ade20k | MMC | mIoU: 37.0
+linseg | cityscapes | MMC | mIoU: 62.6
+linseg | voc | MMC, augmented set | mIoU: 77.7
+davis | | MMC, ViT-S | J&F: 60.3
+davis | | iBOT, ViT-S | J&F: 59.7
+davis | | DINO, ViT-S | J&F: 57.7
+davis | | MMC, ViT-B | J&F: 63.8
+davis | | DINO, ViT-B | J&F: 62.3
+knn | | MMC, ViT-S, ImageNet-100, 200 epochs | CLS, k = 10: 77.5 | PAT, k = 10: 77.0
+fewshot | | MAE (always yes) | best F1: 33.3
+variance | | MMC | CLS over crops: .19 | patches over masks: .32
+variance | | DINO | CLS over crops: .43 | patches over masks: 1.00"""
 PICTURES = {                                   # how the names of the files begin: title
     "prompt_cat": "cat",
     "prompt_coffee": "coffee",
@@ -91,44 +110,52 @@ def number_at(metrics: dict, key: str) -> float | None:
 
 
 def row_title(line: dict, names: dict[str, str]) -> str:
+    ckpt = line["ckpt"]
     protocol = line["protocol"]
     size = protocol.get("size") or protocol.get("crop") or protocol.get("imsize")
-    return f"{names.get(line['ckpt']) or checkpoint.short_name(line['ckpt'])}, {size} px"
+    return f"{names.get(ckpt) or checkpoint.short_name(ckpt)}, {size} px"
 
 
 def spread(values: list[float], digits: int) -> str:
     """The mean, with the standard deviation where there are several values."""
     if not values:
         return ""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" +- {statistics.stdev(values):.{digits}f}"
+    return text
 
 
 def column_of(column: Column, rows: list[list[dict]]) -> list[str]:
     """The texts of a column, one for each row, the best in bold."""
     texts = []
-    means = []
-    for lines in rows:
+    means = {}                                 # by the number of the row
+    for row, lines in enumerate(rows):
         values = [number_at(line["metrics"], column.key) for line in lines]
         values = [value for value in values if value is not None]
         texts.append(spread(values, column.digits))
-        means.append(round(statistics.mean(values), column.digits) if values else None)
-    given = [mean for mean in means if mean is not None]
-    if column.best and len(given) > 1:
-        best = column.best(given)
-        texts = [f"**{text}**" if mean == best else text for text, mean in zip(texts, means, strict=True)]
+        if values:
+            means[row] = round(statistics.mean(values), column.digits)
+    if column.best and len(means) > 1:
+        best = column.best(means.values())
+        for row, mean in means.items():
+            if mean == best:
+                texts[row] = f"**{texts[row]}**"
     return texts
 
 
-def rows_of(table: Table, data_name: str, rows: list[list[dict]], names: dict, mark: Callable) -> list:
+def rows_of(eval: str, data_name: str, rows: list[list[dict]], names: dict, mark: Callable) -> list:
     """Ours, then the paper's in italics, as Markdown."""
+    columns = TABLES[eval].columns
     titles = [row_title(lines[-1], names) + mark(lines[-1]) for lines in rows]
-    columns = [column_of(column, rows) for column in table.columns]
-    out = [list(cells) for cells in zip(titles, *columns, strict=True)]
-    for key, paper in table.paper.items():
-        for name, numbers in paper.items() if key in data_name else ():
-            texts = [numbers.get(column.head) for column in table.columns]
-            out.append([f"*paper: {name}*", *(f"*{text}*" if text else "" for text in texts)])
+    texts = [column_of(column, rows) for column in columns]
+    out = list(zip(titles, *texts, strict=True))
+    for line in PAPER.splitlines():
+        paper_eval, where, name, *cells = [cell.strip() for cell in line.split("|")]
+        if paper_eval == eval and where in data_name:
+            numbers = dict(cell.split(": ") for cell in cells)
+            texts = [f"*{numbers[column.head]}*" if column.head in numbers else "" for column in columns]
+            out.append([f"*paper: {name}*", *texts])
     return out
 
 
@@ -138,14 +165,18 @@ def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> 
     names: {checkpoint: title}, in the order of the rows.  mark: what follows the title of a line's row."""
     places = {ckpt: i for i, ckpt in enumerate(names)}
     evals = list(TABLES)
+
+    def place(line: dict) -> tuple:
+        return evals.index(line["eval"]), str(line["data"]), places.get(line["ckpt"], len(names))
+
     tables = {}
-    for line in sorted(lines, key=lambda line: (evals.index(line["eval"]), str(line["data"]),
-                                                places.get(line["ckpt"], len(names)))):
+    for line in sorted(lines, key=place):
         protocol = dict(line["protocol"])
         seed = protocol.pop("seed", None)
         where = line["eval"], line["data"], line["data_digest"], protocol.get("layout", "")
         row = line["ckpt"], line["weights"], json.dumps(protocol, sort_keys=True)
-        tables.setdefault(where, {}).setdefault(row, {})[seed] = line  # a later line of a seed replaces
+        rows = tables.setdefault(where, {})
+        rows.setdefault(row, {})[seed] = line                          # a later line of a seed replaces
 
     out = []
     for (eval, data_name, _, layout), rows in tables.items():
@@ -156,20 +187,21 @@ def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> 
         parts = Path(data_name or layout).parts
         where = "/".join(parts[-2:] if parts[-1] == "val" else parts[-1:])
         heads = ["weights", *(column.head for column in table.columns)]
-        cells = rows_of(table, layout or str(data_name), rows, names, mark)
+        cells = rows_of(eval, layout or str(data_name), rows, names, mark)
         out.append((f"{table.title}; {where}{images}", markdown(heads, cells)))
     return out
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |\n" for cells in [heads, *rows]]
-    lines.insert(1, "|" + "---|" * len(heads) + "\n")
+    lines.insert(1, f"|{'---|' * len(heads)}\n")
     return "".join(lines)
 
 
 # ------------------------------------------------- the report
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:0 auto;padding:1em;color:#222}
-h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
+h1{font-size:1.6em}h2{font-size:1.1em;margin-top:2em}
+.wide{overflow-x:auto}img{max-width:100%;max-height:320px}
 table{border-collapse:collapse}td{padding:.25em .7em;text-align:right;white-space:nowrap}
 td:first-child{text-align:left}tr{border-bottom:1px solid #ddd}
 tr:first-child{border-bottom:2px solid #888;font-weight:bold}
@@ -236,18 +268,23 @@ def write_report(out: Path, networks: list, missing: list[str]) -> None:
     left_out = list(missing)
     for line in run.read_lines(out / "failed.jsonl"):
         left_out.append(f"{line['name']}, {line['eval']} on {line['data']}: {line['why']}")
-    code = ", ".join(sorted({str(line["commit"]) for line in lines}))
-    machine = "; ".join(sorted({f"torch {line['torch']}, {line['device']}" for line in lines}))
+    code = {str(line["commit"]) for line in lines}
+    code = ", ".join(sorted(code))
+    machine = {f"torch {line['torch']}, {line['device']}" for line in lines}
+    machine = "; ".join(sorted(machine))
+    names = {network.ckpt: network.name for network in networks}
 
     about = f"the paper's numbers, on the paper's data. Measured with code {code}; {machine}."
     text = [f"# Benchmark\n\nOurs, and in italics {about}\n"]
-    for title, table in sections(lines, {network.ckpt: network.name for network in networks}):
+    for title, table in sections(lines, names):
         text.append(f"## {title}\n\n{table}")
     text.append("## Not measured\n")
     text += [f"- {line}" for line in dict.fromkeys(left_out)]
     text.append("\n## Pictures\n")
-    text += [f"![{title}]({path.relative_to(out)})\n" for path, title in find_pictures(out, networks)]
+    for path, title in find_pictures(out, networks):
+        text.append(f"![{title}]({path.relative_to(out)})\n")
     report = "\n".join(text)
-    for name, content in (("report.md", report), ("report.html", page_of(report, out))):
+    files = {"report.md": report, "report.html": page_of(report, out)}
+    for name, content in files.items():
         with checkpoint.whole_file(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

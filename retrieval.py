@@ -34,16 +34,16 @@ import run
 from distributed import say
 from images import BadImage, Unreadable, normalize, read_image, resize
 from model import ViT
-from run import Mistake, at_least
+from run import Mistake
 
 KAPPAS = (1, 5, 10)
-KINDS = ("easy", "hard", "junk")
+KINDS = "easy hard junk"
 SETUPS = {                               # which images count, and which are taken out of the ranking
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("junk", "easy")),
+    "medium": ("easy hard", "junk"),
+    "hard": ("hard", "junk easy"),
 }
-PROTOCOL = ("head", "imsize", "scales", "query_crop", "precision")
-ALLOWED = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "builtins.bytes", "__builtin__.bytes"}
+PROTOCOL = "head imsize scales query_crop precision".split()
+ALLOWED = set("numpy.ndarray numpy.dtype _codecs.encode builtins.bytes __builtin__.bytes".split())
 for maker in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"):
     ALLOWED |= {f"numpy.core.{maker}", f"numpy._core.{maker}"}
 
@@ -79,13 +79,14 @@ def check_truth(truth: dict) -> None:
         for i in numbers(known, KINDS):
             if not 0 <= i < n:
                 raise ValueError(f"query {query}: index {i} of {n} images")
-        if len(known["bbx"]) != 4 or not np.isfinite(known["bbx"]).all():
-            raise ValueError(f"query {query}: a box of {len(known['bbx'])} numbers, {known['bbx']}")
+        box = known["bbx"]
+        if len(box) != 4 or not np.isfinite(box).all():
+            raise ValueError(f"query {query}: a box of {len(box)} numbers, {box}")
 
 
-def numbers(known: dict, kinds: tuple[str, ...]) -> np.ndarray:
-    """The images of some kinds, in a query's ground truth."""
-    lists = [np.ravel(known[kind]) for kind in kinds]
+def numbers(known: dict, kinds: str) -> np.ndarray:
+    """The images of some kinds, such as "easy hard", in a query's ground truth."""
+    lists = [np.ravel(known[kind]) for kind in kinds.split()]
     return np.concatenate(lists).astype(int)
 
 
@@ -94,20 +95,22 @@ class Revisited:
 
     def __init__(self, root: str):
         folder = Path(root) / "jpg"
-        found = sorted(Path(root).glob("gnd_*.pkl"))
-        if len(found) != 1 or not os.path.isdir(folder):
+        has_folder = os.path.isdir(folder)
+        found = list(Path(root).glob("gnd_*.pkl"))
+        if len(found) != 1 or not has_folder:
             raise Mistake(f"--data {root}: expected DIR/jpg/*.jpg and one DIR/gnd_*.pkl, found {len(found)} "
-                          f"gnd_*.pkl and {'a' if os.path.isdir(folder) else 'no'} jpg/")
+                          f"gnd_*.pkl and {'a' if has_folder else 'no'} jpg/")
         truth = read_truth(found[0])
+        names = [*truth["imlist"], *truth["qimlist"]]
         self.root = root
         self.title = found[0].stem.removeprefix("gnd_")
-        self.files = [f"{folder}/{name}.jpg" for name in [*truth["imlist"], *truth["qimlist"]]]
+        self.files = [f"{folder}/{name}.jpg" for name in names]
         self.n = len(truth["imlist"])
         self.gnd = truth["gnd"]
-
         self.about = f"{len(self.gnd)} queries, {self.n} images"
-        if lost := [file for file in self.files if not os.path.isfile(file)]:
-            raise Mistake(f"{root}: {len(lost)} of {len(self.files)} images are missing, the first {lost[0]}")
+        lost = [file for file in self.files if not os.path.isfile(file)]
+        if lost:
+            raise Mistake(f"{root}: {len(lost)} of {len(names)} images are missing, the first {lost[0]}")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -133,18 +136,17 @@ def cropped(image: Tensor, box) -> Tensor:
 # ------------------------------------------------- features
 @torch.no_grad()
 def describe(
-    vit: ViT, image: Tensor, device: torch.device,
-    imsize: int, scales: list[float], head: str,
+    vit: ViT, image: Tensor, device, imsize: int, scales: list[float], head: str,
 ) -> Tensor:
     """(3, H, W) uint8 -> (D,) L2-normalised: CLS or PAT, the mean over the scales of the image."""
     P = vit.patch_size
     sides = image.shape[1:]
+    shrink = min(1.0, imsize / max(sides))
     total = 0.0
     for scale in scales:
-        factor = min(1.0, imsize / max(sides)) * scale
         size = []
         for side in sides:
-            patches = int(side * factor + 1e-6) // P
+            patches = int(side * (shrink * scale) + 1e-6) // P
             size.append(max(1, patches) * P)
         x = resize(image.float() / 255, size).clamp(0, 1)
         x = normalize(x.to(device))
@@ -196,11 +198,8 @@ def scores(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
             row.append((found < top).sum() / top)
         rows.append(row)
     names = ["map", *(f"mp@{kappa}" for kappa in KAPPAS)]
-    means = np.full(len(names), np.nan)
-    if rows:
-        means = 100 * np.mean(rows, axis=0)
-    result = dict(zip(names, means.tolist(), strict=True))
-    return result | {"queries": len(rows)}
+    means = 100 * np.mean(rows or [[np.nan] * len(names)], axis=0)
+    return dict(zip(names, means.tolist(), strict=True), queries=len(rows))
 
 
 # ------------------------------------------------- the script
@@ -235,10 +234,11 @@ def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop:
     rows = []
     for query, ranking in zip(queries[:6], order, strict=False):
         place = images.n + query
+        known = images.gnd[query]
         panels = [("query", square(place))]
         for i in ranking[:5]:
-            known = [kind for kind in KINDS if i in numbers(images.gnd[query], (kind,))]
-            panels.append((known[0] if known else "wrong", square(i)))
+            kinds = [kind for kind in KINDS.split() if i in numbers(known, kind)]
+            panels.append((kinds[0] if kinds else "wrong", square(i)))
         rows.append((Path(images.name(place)).stem, panels))
     return rows
 
@@ -249,9 +249,10 @@ def run_one(args, ckpt: str, vit: ViT, images: Revisited, device) -> tuple[np.nd
     order, queries, unreadable = rank(vit, images, args, device)
     unreadable.say()
     say(checkpoint.short_name(ckpt))
+    gnd = [images.gnd[query] for query in queries]
     metrics = {}
     for setup in SETUPS:
-        result = scores(order, [images.gnd[query] for query in queries], setup)
+        result = scores(order, gnd, setup)
         shown = "  ".join(f"mP@{kappa} {result[f'mp@{kappa}']:.2f}" for kappa in KAPPAS)
         without = len(queries) - result["queries"]
         left = f"; {without} without a positive are left out" if without else ""
@@ -259,15 +260,21 @@ def run_one(args, ckpt: str, vit: ViT, images: Revisited, device) -> tuple[np.nd
             f"queries{left})")
         metrics[setup] = result
     run.record(
-        args.json, eval="retrieval", ckpt=ckpt, weights=checkpoint.digest(vit),
-        data=args.data, data_digest=data.digest(images),
+        args.json,
+        eval="retrieval",
+        ckpt=ckpt,
+        weights=checkpoint.digest(vit),
+        data=args.data,
+        data_digest=data.digest(images),
         protocol={name: getattr(args, name) for name in PROTOCOL},
-        metrics=metrics | unreadable.for_json(), seconds=time.time() - started, device=device,
+        metrics=metrics | unreadable.for_json(),
+        seconds=time.time() - started,
+        device=device,
     )
     return order, queries
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args) -> None:
     device = run.begin(args, one_process=True)
     run.check_outputs(args, "json", "picture")
     images = Revisited(args.data)
@@ -290,7 +297,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     run.add_shared(p, "ckpt checkpoint_key num_heads")
     a("--data", required=True, help="folder with jpg/ and gnd_roxford5k.pkl or gnd_rparis6k.pkl")
     a("--head", default="cls", choices=["cls", "pat"], help="which feature describes an image")
-    a("--imsize", type=at_least(1), default=224,
+    a("--imsize", type=run.count, default=224,
       help="pixels of the long side (DINO 224; the sets' authors 1024)")
     a("--multi_scale", dest="scales", action="store_const", const=[1, 2 ** -0.5, 0.5], default=[1],
       help="average over scales 1, 1/sqrt(2), 1/2")

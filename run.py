@@ -133,7 +133,9 @@ SHARED = {  # options that several scripts have
 def add_shared(parser, names: str, **defaults) -> None:
     """Add options of the table SHARED to a parser or a group; `defaults` replace those of the table."""
     for name in names.split():
-        settings = SHARED[name] | ({"default": defaults[name]} if name in defaults else {})
+        settings = dict(SHARED[name])
+        if name in defaults:
+            settings["default"] = defaults[name]
         if settings.get("default") is not None:
             settings["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{name}", **settings)
@@ -230,8 +232,10 @@ def lock(folder: Path) -> None:
 # ------------------------------------------------- results
 def read_lines(path: Path) -> list[dict]:
     """The lines of a jsonl file; half a line at the end, left by a kill, is passed over."""
+    if not path.exists():
+        return []
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().splitlines():
         with suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
@@ -260,9 +264,20 @@ def record(path: str | None, *, eval: str, ckpt: str, weights: str, data: str, d
 
     weights, data_digest: digests of what was evaluated, and on what.  protocol: every choice that changes the
     numbers.  metrics: shares in percent."""
-    line = {"eval": eval, "ckpt": str(ckpt), "weights": weights, "data": data, "data_digest": data_digest,
-            "protocol": protocol, "metrics": metrics, "seconds": round(seconds, 1), "device": device.type,
-            "torch": torch.__version__, "commit": commit(), "date": date.today().isoformat()}
+    line = {
+        "eval": eval,
+        "ckpt": ckpt,
+        "weights": weights,
+        "data": data,
+        "data_digest": data_digest,
+        "protocol": protocol,
+        "metrics": metrics,
+        "seconds": round(seconds, 1),
+        "device": device.type,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
     append_json(path, line)
     return line
 
@@ -270,6 +285,7 @@ def record(path: str | None, *, eval: str, ckpt: str, weights: str, data: str, d
 def commit() -> str | None:
     """The commit of this code, where it is a clone and git is installed."""
     command = ["git", "rev-parse", "--short", "HEAD"]
+    folder = Path(__file__).parent
     with suppress(OSError):
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         return found.stdout.strip() or None

@@ -193,6 +193,15 @@ def test_seeds_become_mean_and_spread_and_the_best_is_bold():
     assert rows["*paper: MMC, ViT-B*"] == "*38.4*"
 
 
+def test_the_papers_rows_name_evaluations_and_columns_that_are_there():
+    for row in report.PAPER.splitlines():
+        eval, _, _, *cells = [cell.strip() for cell in row.split("|")]
+        heads = {column.head for column in report.TABLES[eval].columns}
+        for cell in cells:
+            head, number = cell.split(": ")
+            assert head in heads and float(number) > 0, row
+
+
 def test_the_smallest_overlap_is_bold():
     a = line("a.pth", 1.0)
     b = line("b.pth", 2.0)

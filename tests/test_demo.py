@@ -342,7 +342,7 @@ def browser():
 def test_a_port_that_is_taken_is_a_message(gradio, server):
     port = int(server[0].rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(Mistake, match=f"port {port}: give another --port"):
-        demo.launch(demo.page(gradio, *server[1:]), "127.0.0.1", port)
+        demo.launch(demo.page(gradio, *server[1:], ""), "127.0.0.1", port)
 
 
 def visit(browser, address, width=1300, height=900):

@@ -399,6 +399,18 @@ def test_several_checkpoints_each_have_a_folder(world, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_two_checkpoints_whose_folder_is_the_same_are_refused_before_the_work(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    shutil.copy(world / "vit.pth", "a_b.pth")
+    torch.manual_seed(1)
+    other = ViT(64, 8, 32, 4, 2)
+    torch.save({"arch": other.config, "step": 0, "backbone": other.state_dict()}, "a/b.pth")
+    with pytest.raises(Mistake, match="--ckpt a_b.pth: another one has the folder .*out/a_b"):
+        run_probe(world, tmp_path / "out", "--ckpt", "a/b.pth", "a_b.pth")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_weights_at_the_same_path_are_refused(world, tmp_path):
     ckpt = tmp_path / "again.pth"
     shutil.copy(world / "vit.pth", ckpt)
