@@ -163,11 +163,6 @@ def fitted(image: Tensor, size: int, patch: int) -> list[int]:
     return [working_size(side * scale, patch) for side in sides]
 
 
-def fit(image: Tensor, size: int, patch: int) -> Tensor:
-    """(3, H, W) uint8, resized as `fitted` says."""
-    return resize(image, fitted(image, size, patch))
-
-
 def token_at(
     point: tuple[float, float],
     old: tuple[int, int],
@@ -182,7 +177,8 @@ def token_at(
         place = round(((pixel + 0.5) * after / before - P / 2) / S)
         places.append(min(max(place, 0), last))
     row, column = places
-    return row * (last + 1) + column                                   # `last` is that of a row
+    columns = (new[1] - P) // S + 1
+    return row * columns + column
 
 
 class Tokens(NamedTuple):

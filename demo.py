@@ -30,11 +30,11 @@ from torch import Tensor
 
 import run
 from checkpoint import open_backbone, short_name
-from clicks import Tokens, fit, picture_tokens, select
+from clicks import Tokens, picture_tokens, select
 from data import ImageFolder, ToyImages, evenly
 from distributed import say
 from figure import cut_out, heat, marked
-from images import BadImage, pil_to_tensor, read_image
+from images import BadImage, pil_to_tensor, read_image, resize_short
 from model import ViT
 from run import Mistake
 
@@ -73,7 +73,7 @@ def shown(image: Tensor, size: int) -> Picture:
     full = tuple(image.shape[1:])
     if max(full) > LONGEST * min(full):
         raise BadImage(f"{full[1]}x{full[0]} pixels: one side is more than {LONGEST} times the other")
-    image = fit(image, size, 1)
+    image = resize_short(image, size)
     content = image.numpy().tobytes() + repr(image.shape).encode()
     key = hashlib.blake2b(content).hexdigest()
     return Picture(image, key, full)
@@ -235,7 +235,7 @@ def layout(gr, networks, examples, credit) -> SimpleNamespace:
     rows: of one or two checkpoints, each with choice, box, heat, cut and download."""
     names = list(networks.vits)
     deepest = max(vit.depth for vit in networks.vits.values()) - 1
-    thumbs = [fit(example.image, 96, 1).permute(1, 2, 0).numpy() for example in examples]
+    thumbs = [resize_short(example.image, 96).permute(1, 2, 0).numpy() for example in examples]
     picture = partial(gr.Image, interactive=False, format="jpeg", min_width=130)
     small = dict(size="sm", min_width=60)
     w = SimpleNamespace(rows=[SimpleNamespace(), SimpleNamespace()])

@@ -37,7 +37,7 @@ import data
 import figure
 import run
 from clicks import block_features
-from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images
+from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_images, read_text
 from distributed import say
 from images import ROOM, BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
 from knn import KS, draw_episodes, extract_features, few_shot, knn_of, knn_of_blocks
@@ -69,10 +69,7 @@ class MiniImageNet(ImageFolder):
 
     def __init__(self, root: Path, only: list[str] | None = None):
         table = root / "test.csv"
-        try:
-            text = table.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        except OSError as e:
-            raise Mistake(f"{table}: cannot be read ({e.strerror})") from e
+        text = read_text(table, f"{table}: cannot be read")
         self.root = str(root)
         self.files = []
         names = []

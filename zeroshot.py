@@ -300,7 +300,7 @@ def get_args(argv=None):
     a("--background_point", type=pair, action="append", default=[], metavar="X,Y", help="pixel beside it")
     a("--threshold", type=cosine, default="auto", help="cosine, or auto (default)")
     a("--heads", action="store_true", help="attention of each head (default: their mean)")
-    a("--kmeans", type=count, default=3, metavar="K", help="clusters of the tokens (paper 3)")
+    a("--kmeans", type=run.between(1, 256), default=3, metavar="K", help="clusters of the tokens (paper 3)")
     a("--out", default="zeroshot.png", help="where the picture goes (default zeroshot.png)")
     args = p.parse_args(argv)
     check(args)
