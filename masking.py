@@ -216,7 +216,8 @@ class MultiCrop:
         """Draw blocks for each view, (views, K, 4): top, left, bottom, right in pixels.  The smaller the
         blocks, the more are drawn, in inverse proportion to their area."""
         c = self.corruption
-        K = math.ceil(BLOCKS_DRAWN * (0.3 / c.block) ** 2)
+        share = max(c.block, 1 / self.cells)           # of a side; no block is below a cell
+        K = math.ceil(BLOCKS_DRAWN * (0.3 / share) ** 2)
         K = min(max(K, BLOCKS_DRAWN), MOST_BLOCKS_DRAWN)
         r_size = torch.rand(views, K, 2, generator=g)
         r_start = torch.rand(views, K, 2, generator=g)
