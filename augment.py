@@ -38,6 +38,7 @@ def rand_op(name: str, image: Tensor, m: float, sign: int) -> Tensor:
 
     gain = max(0.1, 1 + sign * 0.9 * m)
     shear = sign * math.degrees(math.atan(0.3 * m))
+    shift = sign * 0.45 * m
     match name:
         case "AutoContrast":
             return tvf.autocontrast(image)
@@ -67,24 +68,21 @@ def rand_op(name: str, image: Tensor, m: float, sign: int) -> Tensor:
         case "ShearY":
             return moved(image, shear=(0.0, shear))
         case "TranslateXRel":
-            return moved(image, x=sign * 0.45 * m)
+            return moved(image, x=shift)
         case "TranslateYRel":
-            return moved(image, y=sign * 0.45 * m)
+            return moved(image, y=shift)
     raise ValueError(f"operation '{name}' is not known: choose from {', '.join(RAND_OPS)}")
 
 
-def moved(
-    image: Tensor, angle: float = 0.0, x: float = 0.0, y: float = 0.0, shear: tuple[float, float] = (0.0, 0.0)
-) -> Tensor:
+def moved(image: Tensor, angle=0.0, x=0.0, y=0.0, shear=(0.0, 0.0)) -> Tensor:
     """Rotation and shear in degrees, translation in shares of the side."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tvf
 
     H, W = image.shape[1:]
     shift = [round(x * W), round(y * H)]
-    return tvf.affine(
-        image, angle, shift, 1.0, list(shear), InterpolationMode.BILINEAR, fill=MEAN_COLOUR
-    )
+    bilinear = InterpolationMode.BILINEAR
+    return tvf.affine(image, angle, shift, 1.0, list(shear), bilinear, fill=MEAN_COLOUR)
 
 
 def solarize(image: Tensor, threshold: int) -> Tensor:
@@ -105,7 +103,7 @@ def rand_augment(image: Tensor, g: Generator) -> Tensor:
         noise = torch.randn((), generator=g).item()
         if r_apply < 0.5:
             name = RAND_OPS[int(r_name * len(RAND_OPS))]
-            magnitude = min(max(9 + 0.5 * noise, 0.0), 10.0)
+            magnitude = np.clip(9 + 0.5 * noise, 0, 10)
             sign = 1 if r_sign < 0.5 else -1
             image = rand_op(name, image, magnitude / 10, sign)
     return image
@@ -140,19 +138,18 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def mix(x: Tensor, y: Tensor, rng: np.random.Generator, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mix(x: Tensor, y: Tensor, rng, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     """Mix each image of a batch with its counterpart at the other end, by mixup or, half of the time, cutmix.
 
         mixup   x = lam x_i + (1 - lam) x_j                       lam ~ Beta(mixup, mixup)
         cutmix  a box of share 1 - lam of x_i is that of x_j      lam ~ Beta(cutmix, cutmix), then as clipped
         y = lam y_i + (1 - lam) y_j
 
-    x: (B, 3, S, S) normalised.  y: (B, C) soft targets.  mixup, cutmix: 0 switches one off."""
+    x: (B, 3, S, S) normalised.  y: (B, C) soft targets.  rng: NumPy's.  mixup, cutmix: 0 switches one off."""
     if not mixup and not cutmix:
         return x, y
-    use_cutmix = bool(cutmix) and (not mixup or rng.random() < 0.5)
     other = x.flip(0)
-    if use_cutmix:
+    if cutmix and (not mixup or rng.random() < 0.5):
         lam = rng.beta(cutmix, cutmix)
         x, lam = paste_box(x, other, lam, rng)
     else:
@@ -161,16 +158,19 @@ def mix(x: Tensor, y: Tensor, rng: np.random.Generator, mixup: float, cutmix: fl
     return x, lam * y + (1 - lam) * y.flip(0)
 
 
-def paste_box(x: Tensor, other: Tensor, lam: float, rng: np.random.Generator) -> tuple[Tensor, float]:
+def paste_box(x: Tensor, other: Tensor, lam: float, rng) -> tuple[Tensor, float]:
     """x with a box of `other` at a random place, of share 1 - lam before it is clipped at the borders, and
     the share of x that is left after that."""
     S = x.shape[-1]
-    y_centre, x_centre = rng.integers(0, S, 2)
     half = S * math.sqrt(1 - lam) / 2
-    top = max(round(y_centre - half), 0)
-    bottom = min(round(y_centre + half), S)
-    left = max(round(x_centre - half), 0)
-    right = min(round(x_centre + half), S)
+    box = [...]
+    area = 1
+    for centre in rng.integers(0, S, 2):                               # y, x
+        first = max(round(centre - half), 0)
+        last = min(round(centre + half), S)
+        box.append(slice(first, last))
+        area *= last - first
+    box = tuple(box)
     x = x.clone()
-    x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-    return x, 1 - (bottom - top) * (right - left) / S ** 2
+    x[box] = other[box]
+    return x, 1 - area / S ** 2

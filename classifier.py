@@ -36,8 +36,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.reads = head
-        width = backbone.embed_dim * (2 if head == "hybrid" else 1)
-        self.head = nn.Linear(width, classes)
+        parts = 2 if head == "hybrid" else 1
+        self.head = nn.Linear(parts * backbone.embed_dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -53,7 +53,10 @@ class Classifier(nn.Module):
 def content_of(model: Classifier, classes: list[str], size: int) -> dict:
     """What `load` and checkpoint.load_backbone need to build the network again."""
     return {
-        "arch": model.backbone.config, "head": model.reads, "classes": list(classes), "size": size,
+        "arch": model.backbone.config,
+        "head": model.reads,
+        "classes": list(classes),
+        "size": size,
         "model": model.state_dict(),
     }
 
@@ -82,20 +85,21 @@ def of_each_class(images, fraction: float | None, shots: int | None, seed: int):
     kept = []
     for c in labels.unique().tolist():
         members = (labels == c).nonzero()[:, 0]
-        n = shots or max(1, round(fraction * len(members)))
-        if n > len(members):
-            raise Mistake(f"--shots {shots}: class {images.classes[c]} has only {len(members)} images")
-        order = torch.randperm(len(members), generator=data.generator_of(seed, "chosen", c))
+        there = len(members)
+        n = shots or max(1, round(fraction * there))
+        if n > there:
+            raise Mistake(f"--shots {shots}: class {images.classes[c]} has only {there} images")
+        order = torch.randperm(there, generator=data.generator_of(seed, "chosen", c))
         kept += members[order[:n]].tolist()
     return Subset(images, sorted(kept))
 
 
-def hold_out(images, share: float) -> tuple[Subset, Subset]:
+def hold_out(images, share: float) -> tuple:
     """(train, val): every class lends a share of its images to val, the same ones for every --seed.  Raises
     Mistake where none are left."""
     val = of_each_class(images, share, None, seed=0)
-    held = set(val.index)
-    train = Subset(images, [i for i in range(len(images)) if i not in held])
+    rest = set(range(len(images))) - set(val.index)
+    train = Subset(images, sorted(rest))
     gone = sorted(images.classes[c] for c in set(val.labels) - set(train.labels))
     if gone:
         raise Mistake(f"--val_split {share:g} leaves no image to train on of {', '.join(gone[:5])}")
@@ -141,12 +145,13 @@ def predict(model: Classifier, images, args, device: torch.device) -> Answers:
     """The answers for all images, on every rank.  Raises Mistake where too many cannot be read.
 
     args: size, batch_size, num_workers, max_bad."""
-    mine = torch.arange(rank(), len(images), world_size())
+    n = len(images)
+    mine = torch.arange(rank(), n, world_size())
     crops = CentreCrop(Subset(images, mine.tolist()), args.size)
     loader = DataLoader(crops, args.batch_size, num_workers=args.num_workers, worker_init_fn=data.init_worker)
     batches = iter(loader)
-    guess = torch.zeros(len(images), dtype=torch.long)
-    confidence = torch.zeros(len(images))
+    guess = torch.zeros(n, dtype=torch.long)
+    confidence = torch.zeros(n)
 
     model.eval()
     for _ in range(len(loader)):
@@ -159,11 +164,11 @@ def predict(model: Classifier, images, args, device: torch.device) -> Answers:
 
     guess = all_sum(guess.to(device)).cpu()
     confidence = all_sum(confidence.to(device)).cpu()
-    unreadable = Unreadable(len(images), args.max_bad)
+    unreadable = Unreadable(n, args.max_bad)
     for i in (guess < 0).nonzero()[:, 0].tolist():
         unreadable.note(images.name(i))
-    if len(unreadable.names) == len(images):
-        raise Mistake(f"none of the {len(images)} test images can be read, such as {images.name(0)}")
+    if len(unreadable.names) == n:
+        raise Mistake(f"none of the {n} test images can be read, such as {images.name(0)}")
     right = guess == torch.tensor(images.labels)
     top1 = 100 * right[guess >= 0].float().mean().item()
     return Answers(guess, confidence, unreadable, top1)
@@ -191,12 +196,13 @@ def write_predictions(path: str, answers: Answers, images) -> None:
     ):
         table = csv.writer(f)
         table.writerow(["image", "true", "predicted", "confidence"])
+        classes = images.classes
         for i, label in enumerate(images.labels):
             guess = answers.guess[i]
             answer = ["", ""]
             if guess >= 0:
-                answer = [images.classes[guess], f"{answers.confidence[i]:.4f}"]
-            table.writerow([images.name(i), images.classes[label], *answer])
+                answer = [classes[guess], f"{answers.confidence[i]:.4f}"]
+            table.writerow([images.name(i), classes[label], *answer])
 
 
 def report(args, answers: Answers, images, metrics: dict, **about) -> None:
@@ -205,8 +211,10 @@ def report(args, answers: Answers, images, metrics: dict, **about) -> None:
     metrics: more of them.  about: what else run.record wants to know."""
     unreadable = answers.unreadable
     metrics = {"top1": round(answers.top1, 3)} | metrics | unreadable.for_json()
-    run.record(args.json, eval="finetune", data=args.data, data_digest=data.digest(images), metrics=metrics,
-               **about)
+    run.record(
+        args.json, eval="finetune", data=args.data,
+        data_digest=data.digest(images), metrics=metrics, **about,
+    )
     if args.predictions and is_main():
         write_predictions(args.predictions, answers, images)
 
@@ -226,5 +234,7 @@ def test(args, device: torch.device) -> None:
     args.size = crop_size(model.backbone.patch_size, args.size or content["size"])
     answers = predict(model.to(device), val, args, device)
     protocol = {"size": args.size, "head": model.reads, "n_val": len(val)}
-    report(args, answers, val, {}, ckpt=args.eval, weights=checkpoint.digest(model), protocol=protocol,
-           seconds=time.time() - began, device=device)
+    report(
+        args, answers, val, {}, ckpt=args.eval, weights=checkpoint.digest(model),
+        protocol=protocol, seconds=time.time() - began, device=device,
+    )

@@ -24,18 +24,25 @@ def pick_device(name: str) -> torch.device:
 
     Raises ValueError for a device that this machine does not have."""
     if name == "auto":
-        one_rank = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        mps = torch.backends.mps.is_available() and one_rank
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and not several():
+            name = "mps"
     try:
         if name == "cuda":
-            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(name)
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, ImportError) as e:           # unknown, not built in, or too few
         raise ValueError(f"torch cannot use it here ({str(e).splitlines()[0]}); expected auto, cuda, mps or "
                          "cpu, and no more ranks than devices") from e
     return torch.device(name)
+
+
+def several() -> bool:
+    """Did torchrun start more than one rank?"""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def fast_precision(device: torch.device, width: int = 384) -> str:
@@ -62,7 +69,7 @@ def bf16_gain(width: int) -> float:
 
 def join(device: torch.device) -> None:
     """Join the other ranks, if torchrun started any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several() and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
 

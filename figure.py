@@ -6,8 +6,7 @@ is too long for its place is shortened in the middle, and the path of a file to 
 Shapes: H x W pixels of a picture."""
 import math
 import re
-from functools import cache, partial
-from itertools import chain
+from functools import cache
 
 import numpy as np
 import torch
@@ -48,7 +47,8 @@ RED = (235, 50, 50)
 
 
 def colours_of(text: str) -> Array:
-    return np.array([ImageColor.getrgb(colour) for colour in text.split()])
+    colours = map(ImageColor.getrgb, text.split())
+    return np.array(list(colours))
 
 
 HEAT = colours_of("#0d083c #540f6d #a02d62 #dc5a3c #faa528 #fcf5a5")              # of evenly rising lightness
@@ -89,8 +89,9 @@ def voc_palette() -> list[int]:
 def heat(values: Tensor, low: float, high: float) -> Array:
     """(H, W) -> (H, W, 3) uint8: dark violet at `low` or below, light yellow at `high` or above."""
     share = (values.float().cpu() - low) / max(high - low, 1e-6)
+    share = share.numpy()
     steps = np.linspace(0, 1, len(HEAT))
-    channels = [np.interp(share.numpy(), steps, levels) for levels in HEAT.T]
+    channels = [np.interp(share, steps, levels) for levels in HEAT.T]
     return np.stack(channels, -1).astype(np.uint8)
 
 
@@ -113,27 +114,32 @@ def painted(photo: Array, numbers: Array) -> Array:
     return out.astype(np.uint8)
 
 
-def marked(photo: Array, size: tuple[int, int], points: Points, background: Points) -> Array:
+def marked(
+    photo: Array, size: tuple[int, int],
+    points: Points, background: Points,
+) -> Array:
     """(H, W, 3) uint8 with a green dot at each point and a red one at each point of the background.  Points
     are (x, y) pixels of the original, whose (height, width) was `size`."""
     H, W = photo.shape[:2]
+    height, width = size
     radius = max(H, W) / 70
     rows, columns = np.indices((H, W)) + 0.5
     out = photo.astype(float)
-    colours = [GREEN] * len(points) + [RED] * len(background)
-    for (x, y), colour in zip([*points, *background], colours, strict=True):
-        across = columns - (x + 0.5) * W / size[1]
-        down = rows - (y + 0.5) * H / size[0]
-        distance = np.hypot(across, down)
+    dots = [(x, y, GREEN) for x, y in points]
+    dots += [(x, y, RED) for x, y in background]
+    for x, y, colour in dots:
+        across = columns - (x + 0.5) * W / width
+        down = rows - (y + 0.5) * H / height
+        distance = np.hypot(across, down)[..., None]
         for reach, level in ((1.35 * radius, WHITE), (radius, colour)):
-            share = np.clip(reach - distance + 0.5, 0, 1)[..., None]           # a soft edge
+            share = np.clip(reach - distance + 0.5, 0, 1)                      # a soft edge
             out += share * (level - out)
     return out.astype(np.uint8)
 
 
 # ------------------------------------------------- paper and text
-def paper(width: float, height: float) -> Picture:
-    return Image.new("RGB", (math.ceil(width), math.ceil(height)), WHITE)
+def paper(width: int, height: int) -> Picture:
+    return Image.new("RGB", (width, height), WHITE)
 
 
 @cache
@@ -154,10 +160,7 @@ def fitted(text: str, width: float, size: int = SMALL) -> str:
     return short
 
 
-def write(
-    out: Picture, x: float, y: float, text: str,
-    width: float = math.inf, size: int = SMALL, colour: Colour = GREY, anchor: str = "la",
-) -> None:
+def write(out: Picture, x, y, text: str, width=math.inf, size=SMALL, colour=GREY, anchor="la"):
     """Text of at most `width` pixels; (x, y) is its left and upper end, or what Pillow calls `anchor`."""
     text = fitted(text, width, size)
     draw = ImageDraw.Draw(out)
@@ -194,19 +197,19 @@ def colour_bar(low: float, high: float, width: int) -> Picture:
     return out
 
 
-def draw_panel(width: int, title: str, picture: Array, scale: Range | None = None) -> Picture:
+def draw_panel(width: int, title: str, picture: Array, scale: Range = ()) -> Picture:
     """A picture (H, W, 3) uint8 below its title, with a gap on the left.  scale: the (low, high) given to
     `heat`, for a colour bar below it."""
     H, W = picture.shape[:2]
     height = math.ceil(width * H / W)
     resized = Image.fromarray(picture).resize((width, height), SMOOTH)
-    foot = LINE + GAP if scale else GAP
-    out = paper(GAP + width, LINE + height + foot)
+    foot = LINE + height
+    out = paper(GAP + width, foot + GAP + LINE * bool(scale))
     write(out, GAP, 0, title, width)
     out.paste(resized, (GAP, LINE))
     if scale:
         bar = colour_bar(*scale, width)
-        out.paste(bar, (GAP, LINE + height + 4))
+        out.paste(bar, (GAP, foot + 4))
     return out
 
 
@@ -218,22 +221,26 @@ def draw_row(name: str, panels: list[tuple], width: int) -> Picture:
         line = drawn[first:first + PER_LINE]
         line = beside([*line, paper(GAP, 1)])
         lines.append(line)
-    head = paper(lines[0].width, LINE + 14 if name else 1)
-    write(head, GAP, 8, name, head.width - 2 * GAP, BIG, BLACK)
+    wide = lines[0].width
+    head = paper(wide, LINE + 14 if name else 1)
+    write(head, GAP, 8, name, wide - 2 * GAP, BIG, BLACK)
     return below([head, *lines])
 
 
-def sheet(rows: list[tuple[str, list[tuple]]]) -> Picture:
+def sheet(rows: list[tuple]) -> Picture:
     """Rows of (name, panels), all panels equally wide; a panel is (title, picture), or (title, picture,
     scale), see `draw_panel`.  A sheet that would not fit a screen has its rows in several columns, or
     narrower panels."""
     width = CELL
     while True:
-        drawn = [draw_row(name, panels, width) for name, panels in rows]
+        drawn = [draw_row(*row, width) for row in rows]
         most = SIDE // max(row.width for row in drawn)
         for columns in range(1, max(most, 1) + 1):
             deep = math.ceil(len(drawn) / columns)
-            stacks = [below(drawn[first:first + deep]) for first in range(0, len(drawn), deep)]
+            stacks = []
+            for first in range(0, len(drawn), deep):
+                stack = below(drawn[first:first + deep])
+                stacks.append(stack)
             out = beside(stacks)
             if max(out.size) <= SIDE:
                 return out
@@ -259,39 +266,44 @@ def ticks(low: float, high: float) -> Array:
 
 def legend(colours: dict[str, Colour]) -> Picture:
     """Names below each other, each behind a square of its colour."""
-    names = [fitted(name, NAME) for name in colours]
-    width = max([font(SMALL).getlength(name) for name in names], default=0)
-    out = paper(width + 40, len(names) * LINE + GAP)
-    for i, colour in enumerate(colours.values()):
-        y = i * LINE
+    shown = [fitted(name, NAME) for name in colours]
+    width = max(map(font(SMALL).getlength, shown), default=0)
+    out = paper(math.ceil(width) + 40, len(shown) * LINE + GAP)
+    y = 0
+    for name, colour in zip(shown, colours.values(), strict=True):
         out.paste(colour, (GAP, y + 2, GAP + 12, y + 14))
-        write(out, GAP + 18, y, names[i], colour=BLACK)
+        write(out, GAP + 18, y, name, colour=BLACK)
+        y += LINE
     return out
 
 
 def line_chart(
-    series: dict[str, Points], title: str, x_label: str, y_label: str, note: str = ""
+    series: dict[str, Points], title: str,
+    x_label: str, y_label: str, note: str = "",
 ) -> Picture:
     """A line for each name through its points (x, y); the names stand on the right, in the order in which the
     lines end.  Points that are not finite are left out.  note: small, below the title."""
     lines = {}
     colours = {}
+    darker = 0.85 * palette()                              # to be read on white
     for number, (name, points) in enumerate(series.items(), start=1):
         points = [point for point in points if np.isfinite(point).all()]
         if points:
             lines[name] = np.array(points)                 # (n, 2)
-            colour = palette()[number] * 0.85              # a little darker, to be read on white
-            colours[name] = tuple(colour.astype(int).tolist())
-    every = list(chain(*lines.values()))
-    every = every or [(0, 0), (1, 1)]
-    x_low, y_low = np.min(every, axis=0)
-    x_high, y_high = np.max(every, axis=0)
+            colours[name] = tuple(darker[number].astype(int).tolist())
+    every = np.concatenate([*lines.values()] or [[(0, 0), (1, 1)]])
+    x_low, y_low = every.min(0)
+    x_high, y_high = every.max(0)
     if 0 < y_low < y_high / 2:
         y_low = 0                                          # the axis begins there if that is near
     x_ticks = ticks(x_low, x_high)
     y_ticks = ticks(y_low, y_high)
-    across = partial(np.interp, xp=x_ticks[[0, -1]], fp=(LEFT, RIGHT))         # x -> its pixel
-    down = partial(np.interp, xp=y_ticks[[0, -1]], fp=(BOTTOM, TOP))
+
+    def across(x):                                         # its pixel
+        return np.interp(x, x_ticks[[0, -1]], (LEFT, RIGHT))
+
+    def down(y):
+        return np.interp(y, y_ticks[[0, -1]], (BOTTOM, TOP))
 
     width = RIGHT + 3 * GAP
     height = BOTTOM + 46
@@ -300,8 +312,9 @@ def line_chart(
     for y in FINE * down(y_ticks):
         draw.line((FINE * LEFT, y, FINE * RIGHT, y), LIGHT, FINE)
     for name, points in lines.items():
-        places = [(FINE * across(x), FINE * down(y)) for x, y in points]
-        draw.line(places, colours[name], 2 * FINE, joint="curve")
+        x, y = points.T
+        places = np.stack([FINE * across(x), FINE * down(y)], 1)
+        draw.line(places.flatten().tolist(), colours[name], 2 * FINE, joint="curve")
         if len(places) < 40:
             for place in places:
                 draw.circle(place, 3 * FINE, colours[name])
@@ -316,18 +329,22 @@ def line_chart(
     write(out, LEFT, TOP - 10, y_label, anchor="ls")
     write(out, RIGHT, BOTTOM + 26, x_label, anchor="ra")
 
-    order = sorted(lines, key=lambda name: -lines[name][-1, 1])
+    ends = {name: -points[-1, 1] for name, points in lines.items()}
+    order = sorted(ends, key=ends.get)
     names = legend({name: colours[name] for name in order})
     names = below([paper(1, TOP - 6), names])
     return beside([out, names])
 
 
-def densities(p: Array, means: list[float], names: list[str], title: str, text: str) -> Picture:
+def densities(
+    p: Array, means: list, names: list[str],
+    title: str, text: str,
+) -> Picture:
     """Curves over [-1, 1], the rows of p (n, bins), each with its name and mean.  Rows with NaN are left
     out."""
     bins = p.shape[1]
     centres = np.arange(-bins + 1, bins, 2) / bins
     series = {}
     for shares, mean, name in zip(p, means, names, strict=True):
-        series[f"{name}, mean {mean:.2f}"] = list(zip(centres, shares, strict=True))
+        series[f"{name}, mean {mean:.2f}"] = np.stack([centres, shares], 1)
     return line_chart(series, title, "cosine similarity", "share of the pairs", text)

@@ -44,7 +44,7 @@ from images import centre_crop, crop_size, normalize, to_device
 from masking import random_resized_crop
 from model import ViT, cosine_schedule
 from run import Mistake, above, between, count, number
-from training import Guard, global_lr
+from training import Guard, global_lr, option
 
 RECIPES = {
     "in1k": dict(epochs=100, augment="rand"),
@@ -74,12 +74,13 @@ def build(args, ckpt: str, classes: int) -> tuple[argparse.Namespace, Classifier
 
     torch.manual_seed(args.seed)
     backbone = ViT(**vit.config, drop_path=args.drop_path)
-    backbone.load_state_dict(vit.state_dict())
     if ckpt.startswith("random:"):                     # from scratch: drawn by the run's own seed
         torch.manual_seed(args.seed)
         backbone.init_weights()
         own.weights = ckpt                             # another machine may draw others
         about = f"{ckpt}: RANDOM weights, seed {args.seed}"
+    else:
+        backbone.load_state_dict(vit.state_dict())
     say(about)
     backbone.requires_grad_(not args.linear)
     return own, Classifier(backbone, classes, args.head)
@@ -130,18 +131,18 @@ def views_of(images, args) -> Views:
     return Views(images, partial(crop_and_augment, size=args.size, augment=args.augment), args.seed)
 
 
-def picture(images, args, n: int = 4, draws: int = 5) -> Image.Image:
+def picture(images, args, n=4, draws=5) -> Image.Image:
     """Rows of training images: the test crop, then several draws of the augmentation."""
     views = views_of(images, args)
     rows = []
     for i in evenly(n, len(images)):
-        drawn = [views[epoch, i] for epoch in range(draws)]
-        read = drawn[0]["read"]                        # image i, or the next that is readable
+        read = views[0, i]["read"]                     # image i, or the next that is readable
         crops = {"test": centre_crop(images.read(read), args.size)}
-        for epoch, view in enumerate(drawn):
-            crops[f"train, epoch {epoch}"] = view["image"]
+        for epoch in range(draws):
+            crops[f"train, epoch {epoch}"] = views[epoch, i]["image"]
         panels = [(title, crop.permute(1, 2, 0).numpy()) for title, crop in crops.items()]
-        rows.append((images.classes[images.labels[read]], panels))
+        name = images.classes[images.labels[read]]
+        rows.append((name, panels))
     return figure.sheet(rows)
 
 
@@ -155,12 +156,14 @@ class Tester(Guard):
         self.val = val
         self.best = -1.0
         path = self.folder / "best.pth"
-        if step == 0 and is_main():
-            path.unlink(missing_ok=True)               # of another run that began here
-        if step > 0 and path.exists():
+        if step == 0:
+            if is_main():
+                path.unlink(missing_ok=True)           # of another run that began here
+            return
+        if path.exists():
             self.best = checkpoint.load(path)["top1"]
         epoch, rest = divmod(step, self.steps_per_epoch)
-        if step > 0 and (rest == 0 or epoch >= self.args.epochs):
+        if rest == 0 or epoch >= self.args.epochs:
             self.end_epoch(epoch)
 
     def due(self, epoch: int) -> bool:
@@ -172,8 +175,8 @@ class Tester(Guard):
         say(f"epoch {epoch}: top-1 {top1:.2f} %")
         if top1 > self.best:
             self.best = top1
-            checkpoint.save(self.folder / "best.pth", self.content() | {
-                "step": epoch * self.steps_per_epoch, "top1": top1})
+            about = {"step": epoch * self.steps_per_epoch, "top1": top1}
+            checkpoint.save(self.folder / "best.pth", self.content() | about)
         self.write({"epoch": epoch, "top1": top1})
 
     def content(self) -> dict:
@@ -192,7 +195,8 @@ def prepare(parts: list, labels: Tensor, classes: int, step: int, args, device) 
 def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, device, first: int) -> None:
     """The loop.  `step` counts over the whole run; everything random is seeded by it, or by the image."""
     last = args.epochs * batches.per_epoch
-    lr = cosine_schedule(global_lr(args), args.min_lr, last, round(args.warmup_epochs * batches.per_epoch))
+    warmup = round(args.warmup_epochs * batches.per_epoch)
+    lr = cosine_schedule(global_lr(args), args.min_lr, last, warmup)
     labels = torch.tensor(guard.images.labels)
     classes = len(guard.val.classes)
 
@@ -202,7 +206,8 @@ def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, de
 
         optimizer.zero_grad()
         loss = torch.zeros((), device=device)
-        for images, targets in zip(x.chunk(args.accum), y.chunk(args.accum), strict=True):
+        parts_of_step = zip(x.chunk(args.accum), y.chunk(args.accum), strict=True)
+        for images, targets in parts_of_step:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 logits = model(images)
             part_loss = F.cross_entropy(logits.float(), targets) / args.accum
@@ -211,8 +216,7 @@ def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, de
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         values = {"loss": loss, "grad_norm": grad_norm}
-        rates = {"lr": lr[step]}
-        guard.check(step, values, rates, parts)                        # ends all ranks on NaN
+        guard.check(step, values, {"lr": lr[step]}, parts)             # ends all ranks on NaN
 
         for group in optimizer.param_groups:
             group["lr"] = lr[step] * group["scale"]
@@ -223,55 +227,61 @@ def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, de
 
 # ------------------------------------------------- options
 def add_recipe(p) -> None:
-    a = p.add_argument_group("recipe, Table 7").add_argument
-    a("--recipe", default="transfer", choices=list(RECIPES),
-      help="; ".join(f"{name}: {r['epochs']} epochs, {r['augment']}" for name, r in RECIPES.items()))
-    a("--linear", action="store_true", help="train the head only: a linear probe, by default with no mixing, "
-      "no smoothing, no augmentation but crops and flips")
-    a("--head", default="hybrid", choices=HEADS, help="what the Linear reads (paper hybrid)")
-    a("--epochs", type=count, help="passes over the data (in1k 100, transfer 200)")
-    a("--warmup_epochs", type=number, default=5, help="linear warm-up (paper 5)")
-    a("--batch_size", type=count, default=64, help="images per rank and forward (paper 64)")
-    a("--accum", type=count, default=1, help="forwards per step; multiplies the batch")
-    a("--lr", type=number, default=5e-4, help="learning rate per 256 images of a step (paper 5e-4)")
-    a("--min_lr", type=number, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
-    a("--layer_decay", type=above(0.0), help="factor of the rate from one layer to the one below (0.65)")
-    a("--weight_decay", type=number, default=0.05, help="AdamW's, of matrices only (paper 0.05)")
-    a("--clip_grad", type=number, default=0.0, help="largest gradient norm, 0 for none (lineage none)")
-    a("--drop_path", type=between(0.0, 0.99), help="stochastic depth at the last block (lineage 0.1)")
-    a("--mixup", type=number, help="Beta's parameter, 0 for none (paper 0.8)")
-    a("--cutmix", type=number, help="Beta's parameter, 0 for none (paper 1.0)")
-    a("--smoothing", type=between(0.0, 0.99), help="of the labels (paper 0.1)")
-    a("--augment", choices=list(AUGMENTS), help="rand: RandAugment m9 mstd0.5 inc1; three: ThreeAugment")
+    g = p.add_argument_group("recipe, Table 7")
+    a = partial(option, g)
+    recipes = [f"{name}: {r['epochs']} epochs, {r['augment']}" for name, r in RECIPES.items()]
+    a("--recipe", str, "transfer", "; ".join(recipes), choices=list(RECIPES))
+    g.add_argument(
+        "--linear", action="store_true", help="train the head only: a linear probe, by default with no "
+        "mixing, no smoothing, no augmentation but crops and flips")
+    a("--head", str, "hybrid", "what the Linear reads (paper hybrid)", choices=HEADS)
+    a("--epochs", count, None, "passes over the data (in1k 100, transfer 200)")
+    a("--warmup_epochs", number, 5, "linear warm-up (paper 5)")
+    a("--batch_size", count, 64, "images per rank and forward (paper 64)")
+    a("--accum", count, 1, "forwards per step; multiplies the batch")
+    a("--lr", number, 5e-4, "learning rate per 256 images of a step (paper 5e-4)")
+    a("--min_lr", number, 1e-6, "learning rate at the last step (lineage 1e-6)")
+    a("--layer_decay", above(0.0), None, "factor of the rate from one layer to the one below (0.65)")
+    a("--weight_decay", number, 0.05, "AdamW's, of matrices only (paper 0.05)")
+    a("--clip_grad", number, 0.0, "largest gradient norm, 0 for none (lineage none)")
+    a("--drop_path", between(0.0, 0.99), None, "stochastic depth at the last block (lineage 0.1)")
+    a("--mixup", number, None, "Beta's parameter, 0 for none (paper 0.8)")
+    a("--cutmix", number, None, "Beta's parameter, 0 for none (paper 1.0)")
+    a("--smoothing", between(0.0, 0.99), None, "of the labels (paper 0.1)")
+    a("--augment", str, None, "rand: RandAugment m9 mstd0.5 inc1; three: ThreeAugment",
+      choices=list(AUGMENTS))
 
 
 def get_parser() -> run.Parser:
     p = run.Parser(description=__doc__)
-    a = p.add_argument
+    a = partial(option, p)
     part = run.ranged(float, lambda v: 0 < v <= 1, "above 0, at most 1")
-    a("--ckpt", nargs="+", help="checkpoints of any method, or random:ARCH/PATCH for training from scratch")
-    a("--eval", metavar="FILE", help="in place of --ckpt: test a best.pth or last.pth of this script")
+    a("--ckpt", str, None,
+      "checkpoints of any method, or random:ARCH/PATCH for training from scratch", nargs="+")
+    a("--eval", str, None,
+      "in place of --ckpt: test a best.pth or last.pth of this script", metavar="FILE")
     run.add_shared(p, "checkpoint_key num_heads data val_data classes data_root download size")
-    a("--val_split", type=part, help="share of each class to test on, where there is no val split; the same "
-      "for every --seed")
-    a("--fraction", type=part, help="train on this share of each class (Fig. 7: 0.1)")
-    a("--shots", type=count, help="train on this many images of each class (which: by --seed)")
+    a("--val_split", part, None,
+      "share of each class to test on, where there is no val split; the same for every --seed")
+    a("--fraction", part, None, "train on this share of each class (Fig. 7: 0.1)")
+    a("--shots", count, None, "train on this many images of each class (which: by --seed)")
     run.add_shared(p, "num_workers max_bad seed device precision output_dir force save_every stop_at",
                    num_workers=8, precision="auto", output_dir="out/finetune")
     run.add_shared(p, "log_every tensorboard json")
-    a("--eval_every", type=count, default=1, help="epochs between tests; the last is always tested")
-    a("--predictions", metavar="CSV", help="write image, true, predicted, confidence of the last test")
-    a("--picture", metavar="PNG", help="write a sheet of the augmentations, and end")
+    a("--eval_every", count, 1, "epochs between tests; the last is always tested")
+    a("--predictions", str, None, "write image, true, predicted, confidence of the last test", metavar="CSV")
+    a("--picture", str, None, "write a sheet of the augmentations, and end", metavar="PNG")
     add_recipe(p)
     return p
 
 
 def get_args(argv=None) -> argparse.Namespace:
     """Parse and complete the options.  Raises Mistake for combinations that cannot work."""
-    p = get_parser()
-    args = p.parse_args(argv)
-    check(args, given=set(run.changed(args, args.defaults)))
-    recipe = RECIPES[args.recipe] | REGULARISED | (LINEAR if args.linear else {})
+    args = get_parser().parse_args(argv)
+    check(args)
+    recipe = RECIPES[args.recipe] | REGULARISED
+    if args.linear:
+        recipe |= LINEAR
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -281,10 +291,11 @@ def get_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def check(args, given: set[str]) -> None:
-    """Raises Mistake for options that do not go together.  given: those that are not at their default."""
+def check(args):
+    """Raises Mistake for options that do not go together."""
     if (args.ckpt is None) == (args.eval is None):
         raise Mistake("give --ckpt FILE (or random:ARCH/PATCH) to train, or --eval BEST to test")
+    given = set(run.changed(args, args.defaults))
     idle = {
         "eval": given - OF_EVAL,
         "linear": given & {"layer_decay", "drop_path"},
@@ -305,20 +316,22 @@ def check(args, given: set[str]) -> None:
 # ------------------------------------------------- the script
 def fine_tune(args, model: Classifier, images, val, device: torch.device) -> None:
     """One run, from its beginning or from its last.pth, to its report."""
-    batches = Batches(views_of(images, args), args.batch_size, args.accum, args.num_workers,
-                      pin=device.type == "cuda")
+    views = views_of(images, args)
+    on_cuda = device.type == "cuda"
+    batches = Batches(views, args.batch_size, args.accum, args.num_workers, pin=on_cuda)
     protocol = {"n_train": len(images), "n_val": len(val)}
     protocol |= {name: getattr(args, name) for name in PROTOCOL}
-    say(", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None))
+    chosen = [f"{name} {value}" for name, value in protocol.items() if value is not None]
+    say(", ".join(chosen))
     say(f"{batches.per_epoch} steps an epoch, global batch {args.batch_size * args.accum * world_size()}, lr "
         f"{global_lr(args):.2e}")
 
     model = model.to(device)
     groups = param_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=device.type != "mps")
     first = training.resume(args, MAY_CHANGE, {"model": model}, optimizer)
 
-    def save(step: int) -> None:
+    def save(step):
         checkpoint.save(Path(args.output_dir) / "last.pth", guard.content() | {
             "step": step,
             "options": training.options_of(args),
@@ -330,7 +343,10 @@ def fine_tune(args, model: Classifier, images, val, device: torch.device) -> Non
     network = training.on_all_ranks(model, device)
     train(network, optimizer, batches, guard, args, device, first)
     guard.finish()
-    more = {"best": round(guard.best, 3), "n_unreadable_train": len(training.bad_names(args.output_dir))}
+    more = {
+        "best": round(guard.best, 3),
+        "n_unreadable_train": len(training.bad_names(args.output_dir)),
+    }
     report(args, guard.answers, val, more, ckpt=args.ckpt, weights=args.weights,
            protocol=protocol, seconds=guard.seconds(), device=device)
 

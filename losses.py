@@ -35,7 +35,8 @@ def reconstruction(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def patch_contrast(
-    q: Tensor, k: Tensor, tau: float, anchors: Tensor | None = None, negatives: str | int = "others",
+    q: Tensor, k: Tensor, tau: float,
+    anchors: Tensor | None = None, negatives: str | int = "others",
 ) -> Tensor:
     """Eq. (2), in a fast form; the plain one is `plain_patch_contrast` in tests/plain_forms.py.  Every patch
     finds its own clean version among the patches of *other* images, on this rank, in one view.
@@ -48,15 +49,16 @@ def patch_contrast(
     negatives: 'others' = all patches of the other images; 'position' = only those at the same place of the
     grid; a number = only those at so many places, drawn anew by torch's generator, the same for all images.
     The own image's other patches are neither positive nor negative."""
-    q = F.normalize(q.float(), dim=-1)
-    k = F.normalize(k.detach().float(), dim=-1)
-    B, N, C = k.shape
+    q = unit(q)
+    k = unit(k.detach())
+    B, N, _ = k.shape
     if anchors is None:
         anchors = torch.arange(B * N, device=q.device)
     if len(anchors) == 0:                                              # no patch was damaged enough
         return q.sum() * 0.0
     if negatives == "position":
-        logits = torch.einsum("ac,bac->ab", q, k[:, anchors % N]) / tau               # (A, B)
+        there = k[:, anchors % N]                                      # (B, A, C)
+        logits = torch.einsum("ac,bac->ab", q, there) / tau            # (A, B)
         return F.cross_entropy(logits, anchors // N)
 
     pool = k                                                           # (B, n, C) negatives
@@ -66,6 +68,11 @@ def patch_contrast(
         pool = k[:, places]
     keys = k.flatten(0, 1)                                             # (B*N, C)
     return PatchInfoNCE.apply(q, keys, pool, anchors, tau)
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., C) -> the same direction at length 1, in float32."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def rows_at_a_time(pool: Tensor) -> int:
@@ -141,8 +148,8 @@ def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:
 
     The gather changes the loss: without it the negatives are those of one rank.  It needs equal batches, and
     the labels of rank r begin at r*B; forgetting either is invisible on one rank."""
-    q = F.normalize(q.float(), dim=-1)
-    k = F.normalize(k.detach().float(), dim=-1)
+    q = unit(q)
+    k = unit(k.detach())
     B = q.shape[1]
     loss = 0.0
     for j, view in enumerate(k):
@@ -161,15 +168,17 @@ def mean_cosines(q: Tensor, k: Tensor, anchors: Tensor | None = None) -> tuple[T
 
     Shapes as in `patch_contrast`.  The second comes from sums over images alone:
     sum_(b != b') q_b.k_b' = (sum_b q_b).(sum_b k_b) - sum_b q_b.k_b"""
-    q = F.normalize(q.float(), dim=-1)
-    k = F.normalize(k.float(), dim=-1)
-    B, N, C = k.shape
+    q = unit(q)
+    k = unit(k)
+    B, N, _ = k.shape
     if anchors is None:
         anchors = torch.arange(B * N, device=q.device)
-    positive = (q * k.flatten(0, 1)[anchors]).sum(-1).mean()
+    own_key = k.flatten(0, 1)[anchors]                                 # (A, C)
+    positive = (q * own_key).sum(-1).mean()
 
-    q_sum = k.new_zeros(B, C).index_add_(0, anchors // N, q)           # (B, C)
     k_sum = k.sum(1)                                                   # (B, C)
+    q_sum = torch.zeros_like(k_sum)
+    q_sum.index_add_(0, anchors // N, q)                               # (B, C)
     every = (q_sum.sum(0) * k_sum.sum(0)).sum()
     own = (q_sum * k_sum).sum()
     return positive, (every - own) / (len(q) * (B - 1) * N)

@@ -47,12 +47,12 @@ class Augmentation:
     local_size: int = 96
     local_scale: Range = (0.05, 0.25)
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
+    jitter: tuple = (0.4, 0.4, 0.4, 0.0)
     jitter_p: float = 0.8
     grey: float = 0.2
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur: tuple = (1.0, 0.1, 0.5)
     blur_sigma: Range = (0.1, 2.0)
-    solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize: tuple = (0.0, 0.2, 0.0)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Corruption(NamedTuple):
 
 
 # ---- crops and random numbers, in the workers of the loader ----
-def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
+def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple:
     """(top, left, height, width) with the distribution of torchvision's RandomResizedCrop: area uniform in
     `scale`, log of the aspect ratio uniform in log 3/4 ... log 4/3, ten tries, then the centre."""
     low, high = scale
@@ -108,16 +108,16 @@ def crop_box(H: int, W: int, scale: Range, g: Generator) -> tuple[int, ...]:
             return top, left, h, w
     h = min(H, round(W * 4 / 3))
     w = min(W, round(H * 4 / 3))
-    top = (H - h) // 2
-    left = (W - w) // 2
-    return top, left, h, w
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
-def random_resized_crop(image: Tensor, size: int, scale: Range, flip: float, g: Generator) -> Tensor:
+def random_resized_crop(
+    image: Tensor, size: int,
+    scale: Range, flip: float, g: Generator,
+) -> Tensor:
     """(3, H, W) uint8 -> (3, size, size) uint8: a random box, resized by antialiased bicubic interpolation,
     mirrored with probability `flip`."""
-    H, W = image.shape[1:]
-    top, left, h, w = crop_box(H, W, scale, g)
+    top, left, h, w = crop_box(*image.shape[1:], scale, g)
     crop = image[:, top:top + h, left:left + w]
     crop = resize(crop, (size, size))
     if torch.rand((), generator=g) < flip:
@@ -132,31 +132,37 @@ class MultiCrop:
       views (2, 3, S, S) uint8, and local (n, 3, s, s) uint8 if n > 0;
       colours: `Colours` of the 2 + n crops, views first;  corruption: `Corruption` of the views;
       with a patch_size: corrupted_patches (2, N) bool, True where any pixel of the patch is corrupted, and
-      masked_patches (2, N) bool, True where at least half of them are."""
+      masked_patches (2, N) bool, True where at least half of them are.
+    largest_block: the largest side, in pixels, that a block really gets: whole cells of `align`."""
 
-    def __init__(self, augmentation: Augmentation, corruption: GMML, patch_size: int | None = None):
+    def __init__(
+        self, augmentation: Augmentation,
+        corruption: GMML, patch_size: int | None = None,
+    ):
         size = augmentation.global_size
-        if size % corruption.align:
-            raise ValueError(f"align {corruption.align} does not divide the {size} pixels of a view")
-        if corruption.block <= 0 or max(*corruption.drop_perc, corruption.drop_replace) > 1:
-            raise ValueError(f"{corruption}: expected a block above 0, and shares of the area up to 1")
+        c = corruption
+        if size % c.align:
+            raise ValueError(f"align {c.align} does not divide the {size} pixels of a view")
+        if c.block <= 0 or max(*c.drop_perc, c.drop_replace) > 1:
+            raise ValueError(f"{c}: expected a block above 0, and shares of the area up to 1")
         self.augmentation = augmentation
-        self.corruption = corruption
+        self.corruption = c
         self.patch_size = patch_size
-        self.cells = size // corruption.align                          # of a side, where blocks can begin
-        self.largest = max(1, int(corruption.block * self.cells))      # side of a block in cells
-
-    @property
-    def largest_block(self) -> int:
-        """The largest side, in pixels, that a block really gets: whole cells of `align`, at least one."""
-        return self.largest * self.corruption.align
+        self.cells = size // c.align                                   # of a side, where blocks can begin
+        self.largest = max(1, int(c.block * self.cells))               # side of a block in cells
+        self.largest_block = self.largest * c.align                    # and in pixels
 
     def __call__(self, image: Tensor, g: Generator) -> dict:
         a = self.augmentation
-        crop = partial(random_resized_crop, image, flip=a.flip, g=g)
-        views = [crop(a.global_size, a.global_scale) for _ in range(2)]
-        local = [crop(a.local_size, a.local_scale) for _ in range(a.local_number)]
+        views = []
+        for _ in range(2):
+            view = random_resized_crop(image, a.global_size, a.global_scale, a.flip, g)
+            views.append(view)
         out = {"views": torch.stack(views)}
+        local = []
+        for _ in range(a.local_number):
+            crop = random_resized_crop(image, a.local_size, a.local_scale, a.flip, g)
+            local.append(crop)
         if local:
             out["local"] = torch.stack(local)
         out["colours"] = self.draw_colours(g)
@@ -171,24 +177,23 @@ class MultiCrop:
         """Draw what `colour` does to the 2 + n crops."""
         a = self.augmentation
         crops = 2 + a.local_number
-        kind = torch.tensor([0, 1] + [2] * a.local_number)             # view 1, view 2, local
+        kind = torch.arange(crops).clamp(max=2)                        # view 1, view 2, local
         r = torch.rand(crops, 12, generator=g)
-        columns = r.split([4, 1, 1, 1, 1, 4], dim=1)
-        r_factors, r_jitter, r_sigma, r_blur, r_solarize, r_order = columns
+        r_jitter, r_sigma, r_blur, r_solarize = r[:, 4:8].unbind(1)    # (2 + n,) each
         r_grey = torch.rand(crops, generator=g)
 
-        factors = 1 + (2 * r_factors - 1) * torch.tensor(a.jitter)
+        factors = 1 + (2 * r[:, :4] - 1) * torch.tensor(a.jitter)
         factors[:, 3] -= 1                                             # hue is a shift, not a gain
-        factors = torch.where(r_jitter < a.jitter_p, factors, torch.tensor(NEUTRAL))
+        factors[r_jitter >= a.jitter_p] = torch.tensor(NEUTRAL)
         low, high = a.blur_sigma
-        sigma = low + r_sigma[:, 0] * (high - low)
-        blurred = r_blur[:, 0] < torch.tensor(a.blur)[kind]
+        sigma = low + r_sigma * (high - low)
+        sigma[r_blur >= torch.tensor(a.blur)[kind]] = 0.0
         return Colours(
             factors=factors,
-            order=r_order.argsort(1),
+            order=r[:, 8:].argsort(1),
             grey=r_grey < a.grey,
-            sigma=torch.where(blurred, sigma, 0.0),
-            solarize=r_solarize[:, 0] < torch.tensor(a.solarize)[kind],
+            sigma=sigma,
+            solarize=r_solarize < torch.tensor(a.solarize)[kind],
         )
 
     def draw_corruption(self, g: Generator) -> Corruption:
@@ -197,20 +202,19 @@ class MultiCrop:
         size = self.augmentation.global_size
         blocks = self.draw_blocks(2, g)
         r = torch.rand(2, 3, generator=g, dtype=torch.float64)
-        r_noise, r_area, r_alien = r.unbind(1)
+        r_noise, r_area, alien = r.unbind(1)
         noise_seed = torch.randint(2 ** 52, (2,), generator=g)
 
         noise = r_noise < c.noise_p
         low, high = c.drop_perc
-        area = torch.where(noise, low + r_area * (high - low), c.drop_replace)
-        masks = []
-        for view_blocks, share in zip(blocks, area.tolist(), strict=True):
-            mask = np.zeros((size, size), bool)
-            while not add_blocks(mask, view_blocks, share):
-                view_blocks = self.draw_blocks(1, g)[0]
-            masks.append(torch.from_numpy(mask))
-        alien = torch.where(noise, -1.0, r_alien)
-        return Corruption(torch.stack(masks), alien, noise_seed)
+        area = low + r_area * (high - low)
+        area[~noise] = c.drop_replace
+        masks = np.zeros((2, size, size), bool)
+        for mask, of_view, share in zip(masks, blocks, area.tolist(), strict=True):
+            while not add_blocks(mask, of_view, share):
+                of_view = self.draw_blocks(1, g)[0]
+        alien[noise] = -1.0
+        return Corruption(torch.from_numpy(masks), alien, noise_seed)
 
     def draw_blocks(self, views: int, g: Generator) -> Tensor:
         """Draw blocks for each view, (views, K, 4): top, left, bottom, right in pixels.  The smaller the
@@ -224,22 +228,17 @@ class MultiCrop:
 
         size = (r_size * self.largest).long()
         size = 1 + size.clamp(max=self.largest - 1)                    # (views, K, 2) in cells
-        first = torch.zeros_like(size)                                 # where a block may start
-        if c.even:
-            first = 1 - size                                           # only its last cell is inside
+        first = 1 - size if c.even else 0                              # where a block may start
         start = first + (r_start * (self.cells - first)).long()
         return torch.cat([start, start + size], dim=-1) * c.align
 
 
 def draw_corruption(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
     """The corruption of one view from each generator: mask (R, S, S), alien (R,), noise_seed (R,)."""
-    crops = MultiCrop(Augmentation(size, local_number=0), settings)
+    crops = MultiCrop(Augmentation(size), settings)
     drawn = [crops.draw_corruption(g) for g in generators]             # each of two views
-    return Corruption(
-        mask=torch.stack([c.mask[0] for c in drawn]),
-        alien=torch.stack([c.alien[0] for c in drawn]),
-        noise_seed=torch.stack([c.noise_seed[0] for c in drawn]),
-    )
+    fields = [torch.stack(field)[:, 0] for field in zip(*drawn, strict=True)]
+    return Corruption(*fields)
 
 
 def add_blocks(mask: np.ndarray, blocks: Tensor, area: float) -> bool:
@@ -264,6 +263,11 @@ def corrupted_share(mask: Tensor, p: int) -> Tensor:
 
 # ---- colour, on the device ----
 # Each op is that of torchvision.transforms.functional with the same name, with a factor (B,) for each image.
+def each(factor: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return factor.view(-1, 1, 1, 1)
+
+
 def luma(x: Tensor) -> Tensor:
     """(B, 3, H, W) in 0 ... 1 -> (B, 1, H, W), the grey that has the same brightness."""
     red, green, blue = x.unbind(1)
@@ -274,19 +278,16 @@ def luma(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    x = x * factor.view(-1, 1, 1, 1)
-    return x.clamp_(0, 1)
+    return (x * each(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = luma(x).mean((1, 2, 3), keepdim=True)
-    x = torch.lerp(mean, x, factor.view(-1, 1, 1, 1))
-    return x.clamp_(0, 1)
+    return torch.lerp(mean, x, each(factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    x = torch.lerp(luma(x), x, factor.view(-1, 1, 1, 1))
-    return x.clamp_(0, 1)
+    return torch.lerp(luma(x), x, each(factor)).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -300,10 +301,10 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
     hue = torch.where(value == red, (green - blue) / divisor, hue)
     hue = torch.where(chroma > 0, hue, 0.0)                            # grey has none
-    hue = hue + 6 * shift.view(-1, 1, 1)
+    hue = hue[:, None] + 6 * each(shift)                               # (B, 1, H, W)
 
     offset = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
-    sextant = hue[:, None] + to_device(offset, x.device)               # (B, 3, H, W)
+    sextant = hue + to_device(offset, x.device)                        # (B, 3, H, W)
     sextant = sextant % 6
     weight = torch.minimum(sextant, 4 - sextant).clamp(0, 1)
     return value[:, None] - chroma[:, None] * weight
@@ -336,7 +337,6 @@ def blur_matrix(sigma: Tensor, n: int, radius: int) -> Tensor:
     """(B,) -> (B, n, n): row i holds the weights of the pixels that make the blurred pixel i.
 
     Each image has the reach of its own sigma, whatever the others need.  On tiny images it is shorter."""
-    B = len(sigma)
     radius = min(radius, n - 1)
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     logits = -0.5 * (offset / sigma[:, None]) ** 2
@@ -347,9 +347,9 @@ def blur_matrix(sigma: Tensor, n: int, radius: int) -> Tensor:
     row = torch.arange(n, device=sigma.device)
     source = (row[:, None] + offset).abs()                             # (n, 2*radius+1)
     source = n - 1 - (n - 1 - source).abs()                            # reflected at both ends
-    source = source.expand(B, -1, -1)
+    source = source.expand(len(sigma), -1, -1)
     weights = weights[:, None].expand_as(source)
-    matrix = sigma.new_zeros(B, n, n)
+    matrix = sigma.new_zeros(len(sigma), n, n)
     return matrix.scatter_add_(2, source, weights)
 
 
@@ -382,7 +382,8 @@ def colour(x: Tensor, colours: Colours) -> Tensor:
             apply_to(x, changes & its_turn, adjust, factors[:, i])
     apply_to(x, colours.grey, luma)
     radius = int(blur_radius(colours.sigma).max())
-    apply_to(x, colours.sigma > 0, partial(gaussian_blur, radius=radius), sigma)
+    blur = partial(gaussian_blur, radius=radius)
+    apply_to(x, colours.sigma > 0, blur, sigma)
     apply_to(x, colours.solarize, solarize)
     return normalize(x)
 
@@ -397,8 +398,8 @@ def gmml(x: Tensor, mask: Tensor, alien: Tensor, noise_seed: Tensor) -> Tensor:
     B = len(x)
     if B < 2:
         raise ValueError("GMML needs another image to take pixels from: a batch of 2 or more per rank")
-    place = alien.clamp(min=0)
-    step = 1 + (place * (B - 1)).long()                                # 1 ... B-1 images further
+    place = alien.clamp(min=0) * (B - 1)
+    step = 1 + place.long()                                            # 1 ... B-1 images further
     lender = (torch.arange(B) + step) % B
     fill = x[to_device(lender, x.device)]
     g = Generator(x.device)

@@ -10,7 +10,8 @@ T = 1 + R + N tokens, D width.  The order of tokens is always [cls, registers, p
 and tokens[:, vit.num_prefix_tokens:] are the patches."""
 import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim, init):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+        self.gamma = nn.Parameter(init * torch.ones(dim))
 
     def forward(self, x):
         return x * self.gamma
@@ -75,9 +76,9 @@ class Attention(nn.Module):
         D = x.shape[-1]
         weight = self.qkv.weight
         bias = self.qkv.bias
-        (q,) = self.split(F.linear(x[:, :1], weight[:D], bias[:D]), 1)
-        k, v = self.split(F.linear(x, weight[D:], bias[D:]), 2)
-        return q, k, v
+        q = F.linear(x[:, :1], weight[:D], bias[:D])
+        kv = F.linear(x, weight[D:], bias[D:])
+        return *self.split(q, 1), *self.split(kv, 2)
 
     def forward(self, x, cls_only=False):
         q, k, v = self.queries_keys_values(x, cls_only)
@@ -109,12 +110,13 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp_ratio, drop_path, init_values):
         super().__init__()
+        scale = nn.Identity if init_values is None else partial(LayerScale, dim, init_values)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.ls1 = scale()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.ls2 = scale()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, cls_only=False):
@@ -151,8 +153,10 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         bias = self.proj.bias
         if self.stride == self.patch_size:                             # faster than the convolution
-            return F.linear(patchify(x, self.patch_size), weight.flatten(1), bias)
-        return F.conv2d(x, weight, bias, self.stride).flatten(2).transpose(1, 2)
+            patches = patchify(x, self.patch_size)
+            return F.linear(patches, weight.flatten(1), bias)
+        x = F.conv2d(x, weight, bias, self.stride)                     # (B, D, h, w)
+        return x.flatten(2).transpose(1, 2)
 
 
 class ViT(nn.Module):
@@ -209,11 +213,11 @@ class ViT(nn.Module):
         if self.num_prefix_tokens > 1:
             nn.init.trunc_normal_(self.reg_token, std=0.02)
 
-    def precision(self, device: torch.device) -> AbstractContextManager:
+    def precision(self, x: Tensor):
         """bfloat16 autocast if `bf16` is set, otherwise whatever the caller has chosen.  The tokens between
         the blocks stay float32 in any case."""
         if self.bf16:
-            return torch.autocast(device.type, torch.bfloat16)
+            return torch.autocast(x.device.type, torch.bfloat16)
         return nullcontext()
 
     def interpolate_pos_embed(self, h: int, w: int) -> Tensor:
@@ -224,32 +228,31 @@ class ViT(nn.Module):
         cls = self.pos_embed[:, :1]
         grid = self.pos_embed[:, 1:].unflatten(1, self.base_grid)      # (1, rows, columns, D)
         grid = grid.permute(0, 3, 1, 2).float()
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+        grid = F.interpolate(grid, (h, w), mode="bicubic")
         grid = grid.flatten(2).transpose(1, 2).to(cls.dtype)           # (1, h*w, D)
         return torch.cat([cls, grid], dim=1)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised pixels -> (B, T, D) tokens before the first block."""
-        B, _, H, W = x.shape
-        h, w = self.patch_embed.grid(H, W)
-        pos = self.interpolate_pos_embed(h, w)
+        grid = self.patch_embed.grid(*x.shape[2:])
+        pos = self.interpolate_pos_embed(*grid)
         patches = self.patch_embed(x) + pos[:, 1:]
-        tokens = [self.cls_token + pos[:, :1]]
+        prefix = self.cls_token + pos[:, :1]
         if self.num_prefix_tokens > 1:
-            tokens.append(self.reg_token)
-        tokens = [t.expand(B, -1, -1).to(patches.dtype) for t in tokens]
-        return torch.cat([*tokens, patches], dim=1)
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
+        prefix = prefix.expand(len(x), -1, -1)
+        return torch.cat([prefix, patches], dim=1)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         """(B, 3, H, W) normalised pixels -> all tokens after the final norm, (B, T, D).
 
         With cls_only it returns CLS alone, (B, 1, D), which spares most of the last block.  Raises ValueError
         for an image that does not divide into patches."""
-        with self.precision(x.device):
+        with self.precision(x):
             x = self.embed(x)
-            for i, block in enumerate(self.blocks, start=1):
-                cls_now = cls_only and i == self.depth
-                if self.checkpointing and torch.is_grad_enabled():
+            for block in self.blocks:
+                cls_now = cls_only and block is self.blocks[-1]
+                if self.checkpointing:
                     x = computed_again(block, x, cls_now, use_reentrant=False)
                 else:
                     x = block(x, cls_now)
@@ -262,7 +265,7 @@ class ViT(nn.Module):
         applies the final norm to each output.  Raises ValueError for a block that is not there."""
         wanted = [self.block_number(b) for b in blocks]
         outputs = {}
-        with self.precision(x.device):
+        with self.precision(x):
             x = self.embed(x)
             for i, block in enumerate(self.blocks[:max(wanted)], start=1):
                 x = block(x)
@@ -276,11 +279,11 @@ class ViT(nn.Module):
         Blocks count as in `intermediate`.  A head sums to one minus what CLS gives to itself and to the
         registers."""
         number = self.block_number(block)
-        with self.precision(x.device):
+        with self.precision(x):
             x = self.embed(x)
-            for before in self.blocks[:number - 1]:
-                x = before(x)
-            asked = self.blocks[number - 1]
+            *before, asked = self.blocks[:number]
+            for earlier in before:
+                x = earlier(x)
             x = asked.attn.cls_map(asked.norm1(x))                     # (B, heads, T)
         return x[:, :, self.num_prefix_tokens:]
 
@@ -328,7 +331,7 @@ def contrastive_head(dim: int, hidden: int, out: int, norm: bool = True) -> nn.S
     """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.
 
     BatchNorm uses the statistics of the batch always, also in the teacher and in eval mode, so it keeps none;
-    a batch of one is invalid.  Without `norm` it is the MLP alone, with biases."""
+    a batch of one is invalid.  Without `norm` it is `mlp_head`."""
     if not norm:
         return mlp_head(dim, hidden, out)
     return nn.Sequential(
@@ -343,12 +346,8 @@ def contrastive_head(dim: int, hidden: int, out: int, norm: bool = True) -> nn.S
     )
 
 
-def reconstruction_head(dim: int, patch_size: int, hidden: int) -> nn.Sequential:
-    """(n, D) -> (n, 3*P*P): the normalised pixels of a patch from its token."""
-    return mlp_head(dim, hidden, 3 * patch_size ** 2)
-
-
 def mlp_head(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """(n, D) -> (n, out): Linear-GELU-Linear-GELU-Linear, with biases."""
     return nn.Sequential(
         nn.Linear(dim, hidden),
         nn.GELU(),
@@ -361,7 +360,8 @@ def mlp_head(dim: int, hidden: int, out: int) -> nn.Sequential:
 class MMC(nn.Module):
     """A backbone with the heads whose losses are on: the student, and, without `h_rec`, the teacher.
 
-    rec, pat, cls: which heads exist; one that does not is None.  hidden, out: widths of the heads.
+    rec, pat, cls: which heads exist; one that does not is None.  hidden, out: widths of the heads; `h_rec`
+    tells the normalised pixels of a patch from its token.
     head_norm: BatchNorm in the contrastive heads."""
 
     def __init__(
@@ -370,8 +370,9 @@ class MMC(nn.Module):
     ):
         super().__init__()
         D = backbone.embed_dim
+        pixels = 3 * backbone.patch_size ** 2                          # of a patch, in all colours
         self.backbone = backbone
-        self.h_rec = reconstruction_head(D, backbone.patch_size, hidden) if rec else None
+        self.h_rec = mlp_head(D, hidden, pixels) if rec else None
         self.h_pat = contrastive_head(D, hidden, out, head_norm) if pat else None
         self.h_cls = contrastive_head(D, hidden, out, head_norm) if cls else None
         for head in (self.h_rec, self.h_pat, self.h_cls):
@@ -432,9 +433,9 @@ def ema_update(teacher: MMC, student: MMC, momentum: float) -> None:
 def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> list[float]:
     """One value per step: linear from base/warmup to base in `warmup` steps, then half a cosine to `final`.
     The first value is not 0.  Of a warm-up longer than the run, the run sees the beginning."""
-    values = [base * (i + 1) / warmup for i in range(min(warmup, steps))]
-    left = steps - len(values)
+    values = [base * (i + 1) / warmup for i in range(warmup)]
+    left = steps - warmup
     for i in range(left):
         cosine = math.cos(math.pi * i / max(left - 1, 1))
         values.append(final + (base - final) * (1 + cosine) / 2)
-    return values
+    return values[:steps]

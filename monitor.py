@@ -23,7 +23,7 @@ from data import Subset, ToyImages, evenly, labelled, open_val, with_classes_of
 from distributed import is_main, say
 from images import BadImage, centre_crop, denormalize, normalize
 from knn import knn_of
-from losses import mean_cosines
+from losses import mean_cosines, unit
 from masking import GMML, draw_corruption, gmml
 from model import MMC, ViT, patchify, unpatchify
 from run import Mistake
@@ -35,12 +35,12 @@ NAMES = {"knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "prompt IoU
 
 
 @torch.no_grad()
-def similarities(out: dict[str, Tensor], target: dict[str, Tensor], inputs) -> dict[str, Tensor]:
+def similarities(out: dict, target: dict, inputs) -> dict[str, Tensor]:
     """For the log: mean cosines of positives and negatives, and the spread of the teacher's keys."""
     found = {}
     B = len(inputs.clean) // 2
     if "pat" in out:
-        k = target["pat"].unflatten(0, (2, B, -1))[0]                  # (B, N, C), of view 1
+        k, _ = target["pat"].unflatten(0, (2, B, -1))                  # (B, N, C), of view 1
         anchors = inputs.anchors[0]
         q = out["pat"][:len(anchors)]
         found["pat_pos"], found["pat_neg"] = mean_cosines(q, k, anchors)
@@ -48,7 +48,7 @@ def similarities(out: dict[str, Tensor], target: dict[str, Tensor], inputs) -> d
         other_view = target["cls"][B:, None]                           # (B, 1, C)
         found["cls_pos"], found["cls_neg"] = mean_cosines(out["cls"][:B], other_view)
     for name, keys in target.items():
-        spread = F.normalize(keys.float(), dim=-1).std(0).mean()
+        spread = unit(keys).std(0).mean()
         found[f"{name}_std"] = spread * keys.shape[-1] ** 0.5
     return found
 
@@ -71,11 +71,14 @@ class Monitor(Guard):
 
     untrained: the backbone as the run began, to be shown beside the trained one."""
 
-    def __init__(self, args, images, val, device: torch.device, steps_per_epoch: int, save: Callable,
-                 student: MMC, teacher: MMC, untrained: ViT):
+    def __init__(
+        self, args, images, val, device: torch.device, steps_per_epoch: int, save: Callable,
+        student: MMC, teacher: MMC, untrained: ViT,
+    ):
         super().__init__(args, images, device, steps_per_epoch, save)
         self.size = args.global_crops_size
         self.P = args.patch_size
+        self.g = self.size // self.P                                   # patches of a side
         self.student = student
         self.backbone = teacher.backbone
         self.untrained = untrained.eval()
@@ -94,14 +97,13 @@ class Monitor(Guard):
     def begin(self, step: int) -> None:
         """Evaluate the untrained teacher, or what a killed run did not come to evaluate."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        done = [line["epoch"] for line in self.evaluations()]
-        if rest == 0 and epoch not in done:
+        if rest == 0 and not self.evaluation(epoch):
             self.end_epoch(epoch)
 
     def due(self, epoch: int) -> bool:
         """Before the first epoch and after every --knn_every; `finish` evaluates after the last."""
-        every = self.args.knn_every
-        return epoch == 0 or (every > 0 and epoch % every == 0 and epoch < self.args.epochs)
+        every = self.args.knn_every or self.args.epochs
+        return epoch % every == 0 and epoch < self.args.epochs
 
     # ---- while it trains
     def after_step(self, step: int) -> None:
@@ -128,7 +130,7 @@ class Monitor(Guard):
         for name, value in means.items():
             if name.endswith("_std") and value < 0.05:
                 signs.append(f"{name} {value:.3f} is near 0")
-        places = (self.size // self.P) ** 2
+        places = self.g ** 2
         asked = self.args.patch_negatives
         if asked != "others":
             places = 1 if asked == "position" else min(asked, places)
@@ -141,20 +143,23 @@ class Monitor(Guard):
         self.warned = bool(signs)
 
     # ---- evaluations
-    def evaluations(self) -> list[dict]:
-        """The lines of log.jsonl that evaluations wrote."""
-        return [line for line in run.read_lines(self.folder / "log.jsonl") if "step" not in line]
+    def evaluation(self, epoch: int) -> dict:
+        """The last line that an evaluation of this epoch wrote to log.jsonl; empty where there is none."""
+        found = {}
+        for line in run.read_lines(self.folder / "log.jsonl"):
+            if "step" not in line and line["epoch"] == epoch:
+                found = line
+        return found
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """{"knn_cls", "knn_pat", "prompt_iou"} in percent, as far as the data allow; said, logged, drawn."""
         if not is_main():
             return {}
         self.backbone.eval()
-        result = {}
-        if self.knn_pair:
-            result = self.knn(self.backbone)
+        result = self.knn(self.backbone) if self.knn_pair else {}
         if self.scenes:
-            table = self.prompt_iou(prompts.network_features(self.backbone, self.device))
+            features = prompts.network_features(self.backbone, self.device)
+            table = self.prompt_iou(features)
             result["prompt_iou"] = table["best"]
             self.threshold = table["best_threshold"]
         if result:
@@ -168,9 +173,9 @@ class Monitor(Guard):
 
     def knn(self, backbone: ViT) -> dict[str, float]:
         """Nothing, from now on, where no image can be read: training goes on."""
+        workers = self.args.num_workers
         try:
-            knn = knn_of(backbone, *self.knn_pair, self.size, self.device, [10],
-                         workers=self.args.num_workers)
+            knn = knn_of(backbone, *self.knn_pair, self.size, self.device, [10], workers=workers)
         except BadImage as why:
             say(f"no k-NN while training: {why}")
             self.knn_pair = None
@@ -186,12 +191,11 @@ class Monitor(Guard):
         """Evaluate, write results.json, and say in one line what came out."""
         super().finish()
         seconds = self.seconds()
-        there = [line for line in self.evaluations() if line["epoch"] == self.args.epochs]
-        results = {k: there[-1][k] for k in NAMES if k in there[-1]} if there else {}
-        results = results or self.evaluate(self.args.epochs)
+        results = self.evaluation(self.args.epochs) or self.evaluate(self.args.epochs)
+        results.pop("epoch", None)
         if not is_main():
             return
-        untrained = next((line for line in self.evaluations() if line["epoch"] == 0), {})
+        untrained = self.evaluation(0)
         said = []
         for name, value in list(results.items()):
             results[f"{name}_untrained"] = untrained.get(name)
@@ -202,38 +206,42 @@ class Monitor(Guard):
             results["prompt_iou_colours"] = colours["best"]
             results["prompt_iou_everything"] = colours["everything"]
             said[-1] += f" (raw colours {colours['best']:.1f} %, everything {colours['everything']:.1f} %)"
+        for name, value in results.items():
+            results[name] = value and round(value, 2)
         results["n_unreadable_train"] = len(bad_names(self.folder))
-        results["seconds"] = seconds
-        results = {k: round(v, 2) if isinstance(v, float) else v for k, v in results.items()}
+        results["seconds"] = round(seconds, 2)
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         found = f": {', '.join(said)}" if said else ""
         say(f"done in {seconds:.0f} s{found}; look at {self.folder / 'result.png'} and curves.png")
 
     def patch_colours(self, images: Tensor) -> Tensor:
         """What one can do without any network: the mean colour of each patch, (B, N, 3)."""
-        mean = patchify(normalize(images), self.P).unflatten(-1, (3, -1)).mean(-1)
-        return F.normalize(mean, dim=-1)
+        patches = patchify(normalize(images), self.P)                  # (B, N, 3*P*P)
+        mean = patches.unflatten(-1, (3, -1)).mean(-1)
+        return unit(mean)
 
     # ---- pictures
     def draw(self) -> None:
         """curves.png and result.png, as far as the run has come."""
         lines = run.read_lines(self.folder / "log.jsonl")
         charts = []
-        for title, names, unit in (("losses", ["rec", "pat", "cls"], "loss"), ("the teacher", NAMES, "%")):
+        for title, names, y_label in (("losses", ["rec", "pat", "cls"], "loss"), ("the teacher", NAMES, "%")):
             series = {}
             for name in names:
                 points = [(line["epoch"], line[name]) for line in lines if name in line]
                 if points:
                     series[NAMES.get(name, name)] = points
             if series:
-                charts.append(figure.line_chart(series, title, "epoch", unit))
+                chart = figure.line_chart(series, title, "epoch", y_label)
+                charts.append(chart)
         if charts:
             figure.beside(charts).save(self.folder / "curves.png")
 
         images = {}                                                    # number: (3, S, S) uint8
         for i in range(min(len(self.val), 60)):
             with suppress(BadImage):
-                images[i] = centre_crop(self.val.read(i), self.size, self.size)
+                image = self.val.read(i)
+                images[i] = centre_crop(image, self.size, self.size)
             if len(images) == 6:
                 break
         if len(images) > 1:                                            # GMML needs another image
@@ -244,35 +252,39 @@ class Monitor(Guard):
         """A row for each held-out image: a clicked patch, what is similar to it before and after training,
         with the masks (and, in the toy world, the truth and their IoU), the corrupted image, its
         reconstruction."""
-        x = normalize(torch.stack(list(images.values())).to(self.device))
+        x = torch.stack([*images.values()])
+        x = normalize(x.to(self.device))
         tokens = {}                                                    # of a network: (n, N, D)
         for name, network in (("untrained", self.untrained), ("trained", self.backbone)):
             tokens[name] = clicks.patch_features(network.to(self.device), x).cpu()
         self.untrained.cpu()
-        corrupted = self.corrupted(x, list(images))
+        corrupted = self.corrupted(x, images)
 
         rows = []
-        g = self.size // self.P
+        g = self.g
         for row, i in enumerate(images):
             truth = self.truth(i)
             at = g * g // 2 + g // 2 if truth is None else int(truth.argmax())
             photo = self.photo(images[i])
-            panels = [("clicked patch", figure.marked(photo, (g, g), [(at % g, at // g)], []))]
+            down, across = divmod(at, g)
+            panels = [("clicked patch", figure.marked(photo, (g, g), [(across, down)], []))]
             found = {}
             for name, z in tokens.items():
                 maps, auto = clicks.prompt_maps(z[row], torch.tensor([[at]]))
                 t = auto.item() if self.threshold == "auto" else self.threshold
-                found[name] = (maps[0], t)
-            low = min(values.min().item() for values, _ in found.values())
-            for name, (values, threshold) in found.items():
-                similarity = self.enlarged(values.view(1, g, g))[0]
+                found[name] = (maps, t)
+            low = min(maps.min().item() for maps, _ in found.values())
+            for name, (maps, threshold) in found.items():
+                similarity = self.enlarged(maps.view(1, g, g))[0]
                 mask = similarity >= threshold
-                iou = ""
+                title = "mask"
                 if truth is not None:
                     inside = self.enlarged(truth[None])[0] >= 0.5
-                    iou = f", IoU {(mask & inside).sum() / (mask | inside).sum():.2f}"
-                panels.append((name, figure.heat(similarity, low, 1), (low, 1)))
-                panels.append((f"mask{iou}", figure.cut_out(photo, mask.numpy())))
+                    iou = (mask & inside).sum() / (mask | inside).sum()
+                    title = f"mask, IoU {iou:.2f}"
+                heat = figure.heat(similarity, low, 1)
+                panels.append((name, heat, (low, 1)))
+                panels.append((title, figure.cut_out(photo, mask.numpy())))
             if truth is not None:
                 panels.append(("truth", figure.cut_out(photo, inside.numpy())))
             for name, batch in corrupted.items():
@@ -280,7 +292,7 @@ class Monitor(Guard):
             rows.append((self.val.name(i), panels))
         return figure.sheet(rows)
 
-    def corrupted(self, x: Tensor, numbers: list[int]) -> dict[str, Tensor]:
+    def corrupted(self, x: Tensor, numbers) -> dict[str, Tensor]:
         """The images corrupted, and as the student completes them, if it has h_rec; (n, 3, S, S) each."""
         generators = [torch.Generator().manual_seed(i) for i in numbers]
         draws = draw_corruption(GMML(0.0, align=self.args.drop_align), self.size, generators)
@@ -289,9 +301,9 @@ class Monitor(Guard):
         student = self.student
         if student.h_rec is not None:
             student.eval()
-            patches = student.backbone(out["corrupted"])[:, student.backbone.num_prefix_tokens:]
-            g = self.size // self.P
-            painted = unpatchify(student.h_rec(patches).float(), self.P, g, g)
+            tokens = student.backbone(out["corrupted"])
+            patches = tokens[:, student.backbone.num_prefix_tokens:]
+            painted = unpatchify(student.h_rec(patches).float(), self.P, self.g, self.g)
             out["reconstruction"] = torch.where(mask[:, None], painted, x)
             student.train()
         return out
@@ -300,8 +312,9 @@ class Monitor(Guard):
         """(g, g) which share of each patch belongs to the largest class of a toy scene; None elsewhere."""
         if self.scenes is None:
             return None
-        masks = torch.stack([torch.from_numpy(mask) for mask in self.scenes.classes(i).values()])
-        shares = F.adaptive_avg_pool2d(masks.float(), self.size // self.P)                    # (K, g, g)
+        masks = [torch.from_numpy(mask) for mask in self.scenes.classes(i).values()]
+        masks = torch.stack(masks).float()
+        shares = F.adaptive_avg_pool2d(masks, self.g)                  # (K, g, g)
         return shares[shares.sum((1, 2)).argmax()]
 
     def enlarged(self, x: Tensor) -> Tensor:

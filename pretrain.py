@@ -35,7 +35,7 @@ from masking import GMML, Augmentation, Colours, MultiCrop, colour, gmml
 from model import ALIASES, ARCHS, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
 from monitor import Monitor, similarities, test_images
 from run import Mistake, above, at_least, between, count, number, plural, share
-from training import global_lr, warmup_epochs
+from training import global_lr, option, warmup_epochs
 
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
@@ -43,6 +43,7 @@ TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, glo
            head_out_dim=128, drop_path=0.0, batch_size=32, epochs=5, warmup_epochs=1, lr=8e-3,
            momentum_teacher=0.8, num_workers=0, knn_every=2)
 PAIR = dict(nargs=2, metavar=("LOW", "HIGH"))
+TRIPLE = dict(nargs=3, metavar="P")
 IDLE = {"w_pat": ("patch_tokens", "patch_negatives"),         # options without effect where the first is 0
         "local_crops_number": ("local_crops_size", "local_crops_scale")}
 MAY_CHANGE = {"epochs", "knn_every", "keep", "data_root", "download", "val_data", "compile", "checkpointing"}
@@ -72,7 +73,7 @@ def view_by_view(x: Tensor) -> Tensor:
 def prepare(batch: dict, args, device: torch.device) -> Inputs:
     """Colour and corrupt the crops of a batch on the device.  Each view is corrupted by itself, so that alien
     pixels never come from the same image."""
-    def coloured(name: str, crops: slice) -> Tensor:
+    def coloured(name, crops):
         fields = [view_by_view(field[:, crops]) for field in batch["colours"]]
         pixels = view_by_view(to_device(batch[name], device))
         return colour(pixels, Colours(*fields))                        # which stay on the CPU
@@ -86,16 +87,18 @@ def prepare(batch: dict, args, device: torch.device) -> Inputs:
     for v, view in enumerate(clean.chunk(2)):
         corrupted.append(gmml(view, mask[:, v], draws.alien[:, v], draws.noise_seed[:, v]))
 
-    def where(chosen: Tensor) -> Tensor:                               # on the CPU, or the device would wait
+    def where(chosen):                                                 # on the CPU, or the device would wait
         return to_device(chosen.flatten().nonzero()[:, 0], device)
 
     rec_index = where(view_by_view(batch["corrupted_patches"]))
     chosen = batch["masked_patches"]                                   # (B, V, N)
+    pat_index = where(view_by_view(chosen))
     if args.patch_tokens == "all":
         chosen = torch.ones_like(chosen)
+        pat_index = None
     anchors = [where(chosen[:, v]) for v in (0, 1)]
-    pat_index = None if args.patch_tokens == "all" else where(view_by_view(chosen))
-    return Inputs(clean, torch.cat(corrupted), local, view_by_view(mask), rec_index, anchors, pat_index)
+    corrupted = torch.cat(corrupted)
+    return Inputs(clean, corrupted, local, view_by_view(mask), rec_index, anchors, pat_index)
 
 
 # ------------------------------------------------- the method
@@ -168,124 +171,129 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices, none for biases and norms (whatever has one dimension)."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def save_run(args, student: MMC, teacher: MMC, optimizer, per_epoch: int, step: int) -> None:
     """last.pth: all that a run needs to go on.  backbone.pth: the teacher's ViT with its architecture."""
-    folder, arch = Path(args.output_dir), teacher.backbone.config
-    checkpoint.save(folder / "last.pth", {
-        "arch": arch, "step": step, "options": training.options_of(args), "student": student.state_dict(),
-        "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()})
-    checkpoint.save(folder / "backbone.pth", {
-        "arch": arch, "step": step, "backbone": teacher.backbone.state_dict()})
-    if is_main() and args.keep and step % (args.keep * per_epoch) == 0:
-        shutil.copyfile(folder / "backbone.pth", folder / f"backbone_{step // per_epoch:04d}.pth")
+    last = Path(args.output_dir) / "last.pth"
+    backbone = last.with_name("backbone.pth")
+    about = {"arch": teacher.backbone.config, "step": step}
+    checkpoint.save(last, about | {
+        "options": training.options_of(args),
+        "student": student.state_dict(),
+        "teacher": teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    })
+    checkpoint.save(backbone, about | {"backbone": teacher.backbone.state_dict()})
+    epoch, rest = divmod(step, per_epoch)
+    if is_main() and args.keep and rest == 0 and epoch % args.keep == 0:
+        shutil.copyfile(backbone, last.with_name(f"backbone_{epoch:04d}.pth"))
 
 
 # ------------------------------------------------- options
 def add_network(p) -> None:
-    a = p.add_argument_group("network").add_argument
-    a("--arch", default="vit_s", choices=[*ARCHS, *ALIASES], metavar="NAME",
-      help=f"{', '.join(ARCHS)} (default vit_s; toy vit_micro; paper vit_s, vit_b)")
-    a("--patch_size", type=count, default=16, help="pixels of a patch's side (paper 16; toy 8)")
-    a("--drop_path", type=between(0.0, 0.99), default=0.1,
-      help="stochastic depth of the student at the last block (lineage 0.1; toy 0)")
-    a("--head_hidden_dim", type=count, default=4096, help="width of the three heads (paper 4096; toy 256)")
-    a("--head_out_dim", type=count, default=256, help="width of the contrastive space (lineage 256; toy 128)")
-    a("--head_norm", default="bn", choices=["bn", "none"],
-      help="[D] norm in the contrastive heads; bn is synchronised across ranks on CUDA only")
+    a = partial(option, p.add_argument_group("network"))
+    a("--arch", str, "vit_s", f"{', '.join(ARCHS)} (default vit_s; toy vit_micro; paper vit_s, vit_b)",
+      choices=[*ARCHS, *ALIASES], metavar="NAME")
+    a("--patch_size", count, 16, "pixels of a patch's side (paper 16; toy 8)")
+    a("--drop_path", between(0.0, 0.99), 0.1,
+      "stochastic depth of the student at the last block (lineage 0.1; toy 0)")
+    a("--head_hidden_dim", count, 4096, "width of the three heads (paper 4096; toy 256)")
+    a("--head_out_dim", count, 256, "width of the contrastive space (lineage 256; toy 128)")
+    a("--head_norm", str, "bn",
+      "[D] norm in the contrastive heads; bn is synchronised across ranks on CUDA only",
+      choices=["bn", "none"])
 
 
 def add_method(p) -> None:
-    a = p.add_argument_group("losses, Eq. (4); a weight of 0 skips that head's work").add_argument
-    a("--w_rec", type=number, default=1.0, help="weight of the reconstruction, Eq. (1) (paper 1)")
-    a("--w_pat", type=number, default=1.0, help="weight of the patch distillation, Eq. (2) (paper 1)")
-    a("--w_cls", type=number, default=1.0,
-      help="weight of the global contrast, Eq. (3) (paper 1; MoCo's factor of 2*tau is --w_cls 0.4)")
-    a("--temp", type=above(0.0), default=0.2, help="temperature of both contrasts (paper 0.2)")
-    a("--patch_tokens", default="all", choices=["all", "masked"],
-      help="[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper")
-    a("--patch_negatives", type=negatives, default="others", metavar="WHICH",
-      help="[D] negatives of Eq. (2): others = all patches of the other images of this rank (paper); "
-           "position = those at the same place only; a number = those at so many random places, anew in each "
-           "step")
-    a("--momentum_teacher", type=share, default=0.996,
-      help="EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run needs a "
-           "teacher that moves)")
+    g = p.add_argument_group("losses, Eq. (4); a weight of 0 skips that head's work")
+    a = partial(option, g)
+    a("--w_rec", number, 1.0, "weight of the reconstruction, Eq. (1) (paper 1)")
+    a("--w_pat", number, 1.0, "weight of the patch distillation, Eq. (2) (paper 1)")
+    a("--w_cls", number, 1.0,
+      "weight of the global contrast, Eq. (3) (paper 1; MoCo's factor of 2*tau is --w_cls 0.4)")
+    a("--temp", above(0.0), 0.2, "temperature of both contrasts (paper 0.2)")
+    a("--patch_tokens", str, "all",
+      "[D] anchors of Eq. (2): all patches (paper), or those at least half corrupted, which is cheaper",
+      choices=["all", "masked"])
+    a("--patch_negatives", negatives, "others",
+      "[D] negatives of Eq. (2): others = all patches of the other images of this rank (paper); "
+      "position = those at the same place only; a number = those at so many random places, anew in each "
+      "step", metavar="WHICH")
+    a("--momentum_teacher", share, 0.996,
+      "EMA at the first step, cosine to 1 at the last (lineage 0.996; toy 0.8: a short run needs a "
+      "teacher that moves)")
 
-    a = p.add_argument_group("corruption (GMML), of each global view").add_argument
-    a("--noise_p", type=share, default=0.5,
-      help="probability of noise; else pixels of another image (lineage 0.5)")
-    a("--drop_perc", type=share, **PAIR, default=[0.5, 0.75],
-      help="share of the area overwritten by noise (paper: up to 0.75)")
-    a("--drop_replace", type=share, default=0.3,
-      help="share of the area overwritten by another image (paper 0.30)")
-    a("--drop_block", type=between(0.001, 1.0), default=0.3,
-      help="largest side of a block, as a share of the image's, floored to whole --drop_align (lineage 0.3)")
-    a("--drop_align", type=count,
-      help="[D] pixels to which blocks are aligned (default: the patch size, whole patches, which learned "
-           "more in the same time on real images; lineage 1; toy 1)")
-    a("--even_blocks", default=True, action=argparse.BooleanOptionalAction,
-      help="[D] blocks may start outside the image and are clipped, so that they cover it evenly; "
-           "--no-even_blocks is the lineage")
+    g = p.add_argument_group("corruption (GMML), of each global view")
+    a = partial(option, g)
+    a("--noise_p", share, 0.5, "probability of noise; else pixels of another image (lineage 0.5)")
+    a("--drop_perc", share, [0.5, 0.75], "share of the area overwritten by noise (paper: up to 0.75)", **PAIR)
+    a("--drop_replace", share, 0.3, "share of the area overwritten by another image (paper 0.30)")
+    a("--drop_block", between(0.001, 1.0), 0.3,
+      "largest side of a block, as a share of the image's, floored to whole --drop_align (lineage 0.3)")
+    a("--drop_align", count, None,
+      "[D] pixels to which blocks are aligned (default: the patch size, whole patches, which learned "
+      "more in the same time on real images; lineage 1; toy 1)")
+    g.add_argument(
+        "--even_blocks", default=True, action=argparse.BooleanOptionalAction,
+        help="[D] blocks may start outside the image and are clipped, so that they cover it evenly; "
+             "--no-even_blocks is the lineage")
 
 
 def add_augmentation(p) -> None:
-    a = p.add_argument_group("augmentation; three numbers: view 1, view 2, local crops").add_argument
-    a("--global_crops_size", type=count, default=224,
-      help="pixels of a global view's side (paper 224; toy 48)")
-    a("--global_crops_scale", type=share, **PAIR,
-      help="area of a global crop (lineage 0.25 1 with local crops, 0.2 1 without)")
-    a("--local_crops_number", type=at_least(0), default=10,
-      help="local crops per image; 0 switches them off (paper 10; toy 0)")
-    a("--local_crops_size", type=count, default=96, help="pixels of a local crop's side (paper 96)")
-    a("--local_crops_scale", type=share, **PAIR, default=[0.05, 0.25],
-      help="area of a local crop (lineage 0.05 0.25)")
-    a("--flip", type=share, default=0.5, help="probability of a mirrored crop (lineage 0.5)")
-    a("--jitter", type=number, nargs=4, default=[0.4, 0.4, 0.4, 0.0], metavar=("B", "C", "S", "H"),
-      help="strength of brightness, contrast, saturation, hue, applied with probability 0.8 (paper 0.4 0.4, "
-           "lineage 0.4 0; toy 0)")
-    a("--grey", type=share, default=0.2, help="probability of a grey crop (lineage 0.2; toy 0.6)")
-    a("--blur", type=share, nargs=3, default=[1.0, 0.1, 0.5], metavar="P",
-      help="probability of blur (paper 1, lineage 0.1 0.5)")
-    a("--blur_sigma", type=above(0.0), **PAIR, default=[0.1, 2.0],
-      help="its sigma in pixels (lineage 0.1 2; toy 0.1 0.5)")
-    a("--solarize", type=share, nargs=3, default=[0.0, 0.2, 0.0], metavar="P",
-      help="probability of solarisation (paper: view 2 0.2; toy 0)")
+    a = partial(option, p.add_argument_group("augmentation; three numbers: view 1, view 2, local crops"))
+    a("--global_crops_size", count, 224, "pixels of a global view's side (paper 224; toy 48)")
+    a("--global_crops_scale", share, None,
+      "area of a global crop (lineage 0.25 1 with local crops, 0.2 1 without)", **PAIR)
+    a("--local_crops_number", at_least(0), 10,
+      "local crops per image; 0 switches them off (paper 10; toy 0)")
+    a("--local_crops_size", count, 96, "pixels of a local crop's side (paper 96)")
+    a("--local_crops_scale", share, [0.05, 0.25], "area of a local crop (lineage 0.05 0.25)", **PAIR)
+    a("--flip", share, 0.5, "probability of a mirrored crop (lineage 0.5)")
+    a("--jitter", number, [0.4, 0.4, 0.4, 0.0],
+      "strength of brightness, contrast, saturation, hue, applied with probability 0.8 (paper 0.4 0.4, "
+      "lineage 0.4 0; toy 0)", nargs=4, metavar=("B", "C", "S", "H"))
+    a("--grey", share, 0.2, "probability of a grey crop (lineage 0.2; toy 0.6)")
+    a("--blur", share, [1.0, 0.1, 0.5], "probability of blur (paper 1, lineage 0.1 0.5)", **TRIPLE)
+    a("--blur_sigma", above(0.0), [0.1, 2.0], "its sigma in pixels (lineage 0.1 2; toy 0.1 0.5)", **PAIR)
+    a("--solarize", share, [0.0, 0.2, 0.0],
+      "probability of solarisation (paper: view 2 0.2; toy 0)", **TRIPLE)
 
 
 def add_training(p) -> None:
     g = p.add_argument_group("optimisation")
-    a = g.add_argument
-    a("--batch_size", type=at_least(2), default=48,
-      help="images per rank (paper 48; toy 32); more are more negatives, so at least 2")
-    a("--accum", type=count, default=1,
-      help="batches per step, one after another: multiplies the global batch and the learning rate, not the "
-           "negatives, which are those of one batch, as are the statistics of BatchNorm")
-    a("--epochs", type=count,
-      help="passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 5); raised "
-           "on a resume, it stretches the schedules")
-    a("--warmup_epochs", type=number, default=10, help="linear warm-up (lineage 10; toy 1)")
-    a("--lr", type=number, default=5e-4,
-      help="learning rate per 256 images of global batch (lineage 5e-4; toy 8e-3)")
-    a("--min_lr", type=number, default=1e-6, help="learning rate at the last step (lineage 1e-6)")
-    a("--weight_decay", type=number, default=0.04,
-      help="AdamW's decay of matrices, not of biases and norms (paper 0.04)")
-    a("--clip_grad", type=number, default=3.0, help="largest gradient norm, 0 for none (lineage 3.0)")
-    a("--compile", action="store_true", help="torch.compile the ViTs: for CUDA; on CPU it does not pay")
-    a("--checkpointing", action="store_true",
-      help="compute the activations of a block again in backward: less memory, more time, same result")
+    a = partial(option, g)
+    a("--batch_size", at_least(2), 48,
+      "images per rank (paper 48; toy 32); more are more negatives, so at least 2")
+    a("--accum", count, 1,
+      "batches per step, one after another: multiplies the global batch and the learning rate, not the "
+      "negatives, which are those of one batch, as are the statistics of BatchNorm")
+    a("--epochs", count, None,
+      "passes over the data (paper: vit_s 500 on ImageNet-100, vit_b 400 on ImageNet-1K; toy 5); raised "
+      "on a resume, it stretches the schedules")
+    a("--warmup_epochs", number, 10, "linear warm-up (lineage 10; toy 1)")
+    a("--lr", number, 5e-4, "learning rate per 256 images of global batch (lineage 5e-4; toy 8e-3)")
+    a("--min_lr", number, 1e-6, "learning rate at the last step (lineage 1e-6)")
+    a("--weight_decay", number, 0.04, "AdamW's decay of matrices, not of biases and norms (paper 0.04)")
+    a("--clip_grad", number, 3.0, "largest gradient norm, 0 for none (lineage 3.0)")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile the ViTs: for CUDA; on CPU it does not pay")
+    g.add_argument("--checkpointing", action="store_true", help="compute the activations of a block again "
+                   "in backward: less memory, more time, same result")
     run.add_shared(g, "precision seed device", precision="auto")
 
     g = p.add_argument_group("run")
     run.add_shared(g, "output_dir force save_every log_every tensorboard stop_at")
-    g.add_argument("--keep", type=at_least(0), default=0,
-                   help="epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
-    g.add_argument("--knn_every", type=at_least(0), default=10,
-                   help="epochs between evaluations of the teacher; 0: only before and after (10; toy 2)")
+    option(g, "--keep", at_least(0), 0,
+           "epochs between backbones that are kept, as backbone_EPOCH.pth; 0 keeps none")
+    option(g, "--knn_every", at_least(0), 10,
+           "epochs between evaluations of the teacher; 0: only before and after (10; toy 2)")
 
 
 def negatives(text: str) -> str | int:
@@ -324,12 +332,14 @@ def get_args(argv=None) -> argparse.Namespace:
         args.drop_align = args.patch_size
     if args.global_crops_scale is None:
         args.global_crops_scale = [0.25, 1.0] if args.local_crops_number else [0.2, 1.0]
-    for name in ("global", "local") if args.local_crops_number else ("global",):
-        size = getattr(args, f"{name}_crops_size")
-        if size % args.patch_size:
-            near = max(size // args.patch_size, 1) * args.patch_size
-            raise Mistake(f"--{name}_crops_size {size} is not a multiple of --patch_size {args.patch_size}: "
-                          f"try {near}")
+    P = args.patch_size
+    sizes = {"global": args.global_crops_size}
+    if args.local_crops_number:
+        sizes["local"] = args.local_crops_size
+    for name, size in sizes.items():
+        if size % P:
+            near = max(size // P, 1) * P
+            raise Mistake(f"--{name}_crops_size {size} is not a multiple of --patch_size {P}: try {near}")
     if args.global_crops_size % args.drop_align:
         raise Mistake(f"--drop_align {args.drop_align} does not divide --global_crops_size "
                       f"{args.global_crops_size}")
@@ -395,22 +405,24 @@ def describe(args, batches: Batches, transform: MultiCrop) -> str:
 def main(args: argparse.Namespace) -> None:
     device = run.begin(args, width=ARCHS[args.arch][0])
     began = time.time()
-    images = open_images(args, "train", toy_seed=args.seed)
+    images = open_images(args, toy_seed=args.seed)
     val = test_images(args)
     seconds = time.time() - began
-    say(f"{args.data}: {images.about}" + (f"; listed in {seconds:.0f} s" if seconds > 1 else ""))
+    listed = f"; listed in {seconds:.0f} s" if seconds > 1 else ""
+    say(f"{args.data}: {images.about}{listed}")
     if val is not None:
         say(f"val: {val.about}")
     args.images = training.fingerprint(images)
     transform = crops(args)
-    batches = Batches(Views(images, transform, args.seed), args.batch_size, args.accum, args.num_workers,
-                      pin=device.type == "cuda")
+    views = Views(images, transform, args.seed)
+    on_cuda = device.type == "cuda"
+    batches = Batches(views, args.batch_size, args.accum, args.num_workers, pin=on_cuda)
     say(describe(args, batches, transform))
 
     student, teacher = networks(args, device)
     untrained = copy.deepcopy(teacher.backbone)
     groups = param_groups(student, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=device.type != "mps")
     by_name = {"student": student, "teacher": teacher}
     first = training.resume(args, MAY_CHANGE, by_name, optimizer)
 

@@ -16,8 +16,10 @@ Shapes: H, W pixels; h, w samples, SAMPLES times as many; n things; T frames."""
 import math
 from dataclasses import dataclass
 from functools import cache
+from math import pi, sqrt
 
 import numpy as np
+from numpy import cos, sin
 
 # The knobs. After turning one, look at the world with `--layout sheet`.
 TEXTURE_CONTRAST = 0.22      # how strong textures are (std of luminance); change this line to 0.06: harder
@@ -40,7 +42,7 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 VIDEO = 3                                           # the videos' number among the splits
 SIDE = 64                                           # toy pixels on an image's short side
 SAMPLES = 2                                         # samples per pixel along each axis
-TURN = 2 * np.pi
+TURN = 2 * pi
 ANGLES = np.arange(2048) * (TURN / 2048)            # where silhouettes are tabulated
 PER_RADIAN = np.float32(len(ANGLES) / TURN)
 TO_RGB = np.array([                                 # (Cb, Cr) @ TO_RGB is a colour of zero luminance
@@ -59,7 +61,7 @@ def texture(name, p, q):
         case "starfish":
             return dots(p, q)
         case "kite":                                # a chequerboard
-            return soft(1.2 * np.sin(p) * np.sin(q))
+            return soft(1.2 * sin(p) * sin(q))
         case "fish":
             return scales(p, q)
         case "donut":
@@ -83,11 +85,11 @@ def silhouette(name, angle):
         case "candy" | "donut":
             return np.ones_like(angle)
         case "starfish":
-            return np.exp(0.36 * np.cos(5 * angle))
+            return np.exp(0.36 * cos(5 * angle))
         case "kite":
-            return superellipse(angle, 1.35 + 0.25 * np.cos(angle), 0.9, 1.15)
+            return superellipse(angle, 1.35 + 0.25 * cos(angle), 0.9, 1.15)
         case "fish":
-            tail = abs(wrap(angle - np.pi, TURN))                     # 0 in the middle of the tail
+            tail = abs(wrap(angle - pi, TURN))                     # 0 in the middle of the tail
             fin = 1.8 - 0.35 * np.exp(-((tail / 0.16) ** 2))
             return np.where(tail < 0.42, fin, superellipse(angle, 1.25, 0.8, 2))
         case "brick":
@@ -95,13 +97,13 @@ def silhouette(name, angle):
         case "waffle":
             return superellipse(angle, 1, 1, 5)
         case "leaf":                                # where two discs overlap
-            return np.sqrt(0.56 * np.sin(angle) ** 2 + 2) - 0.75 * abs(np.sin(angle))
+            return np.sqrt(0.56 * sin(angle) ** 2 + 2) - 0.75 * abs(sin(angle))
         case "flower":
-            return 0.72 + 0.4 * abs(np.cos(3 * angle))
+            return 0.72 + 0.4 * abs(cos(3 * angle))
         case "tent":                                # a triangle with round corners
             total = 0
             for i in range(3):
-                side = np.cos(angle - i * (TURN / 3))
+                side = cos(angle - i * (TURN / 3))
                 total = total + np.maximum(side, 0) ** 7
             return total ** (-1 / 7)
 
@@ -146,9 +148,8 @@ def scales(p, q):
     row = np.floor(q / radius)
     y = q - row * radius
     shift = radius * (row % 2)
-    shift_below = radius * ((row + 1) % 2)
     upper = np.hypot(wrap(p + shift, 7), y)
-    lower = np.hypot(wrap(p + shift_below, 7), y + radius)
+    lower = np.hypot(wrap(p + (radius - shift), 7), y + radius)
     light = soft(radius - 1.2 - upper)
     dark = soft(radius + 1.3 - lower) * 0.8
     return np.where(upper < radius, light, dark)
@@ -158,20 +159,20 @@ def speckle(p, q):
     """Spots without order: waves of similar length in seven directions."""
     total = 0
     for i, (a, b) in enumerate(SPECKLE):
-        total = total + np.cos(a * p + b * q + 5 * i * i)
+        total = total + cos(a * p + b * q + 5 * i * i)
     return soft(0.55 * total)
 
 
 def triangles(p, q):
-    p = p * np.pi / 5
-    q = q * np.pi / 5 / math.sqrt(3)
-    return soft(2.5 * np.sin(2 * q) * np.sin(p + q) * np.sin(p - q))
+    p = p * pi / 5
+    q = q * pi / 5 / sqrt(3)
+    return soft(2.5 * sin(2 * q) * sin(p + q) * sin(p - q))
 
 
 def superellipse(angle, a, b, power):
     """Half axes a and b; nearly a diamond for power 1, an ellipse for 2, nearly a rectangle for 9."""
-    x = abs(np.cos(angle) / a) ** power
-    y = abs(np.sin(angle) / b) ** power
+    x = abs(cos(angle) / a) ** power
+    y = abs(sin(angle) / b) ** power
     return (x + y) ** (-1 / power)
 
 
@@ -181,7 +182,7 @@ def prepared(name):
     area of the unit disc; mean and std of the tone, which give all classes equal brightness and contrast."""
     radius = silhouette(name, ANGLES)
     hole = 0.42 if name == "donut" else 0
-    full = 1 / math.sqrt(1 - hole**2)
+    full = 1 / sqrt(1 - hole**2)
     radius = full * radius / np.sqrt((radius**2).mean())
     line = np.arange(0, 150, 0.43)
     tone = texture(name, *np.meshgrid(line, line))
@@ -193,8 +194,7 @@ def prepared(name):
 class Thing:
     """One object. Lengths in toy pixels, angles in radians."""
     category: int            # index of its class
-    x: float                 # centre
-    y: float
+    centre: np.ndarray       # (x, y)
     radius: float            # of the disc of equal area
     angle: float             # by which the silhouette is turned
     lean: float              # by which the texture is turned against the silhouette
@@ -212,16 +212,16 @@ class Scene:
     label: int               # class index of the scene
 
 
-def random_thing(rng, category, x, y, radius):
+def random_thing(rng, category, centre=None, radius=None):
     angle, begin2, begin3 = rng.uniform(0, TURN, 3)
     wave2, wave3 = rng.uniform(0, DEFORM, 2)
-    bend = 1 + wave2 * np.cos(2 * ANGLES + begin2)
-    bend += wave3 * np.cos(3 * ANGLES + begin3)
+    bend = 1 + wave2 * cos(2 * ANGLES + begin2)
+    bend += wave3 * cos(3 * ANGLES + begin3)
     contrast = -TEXTURE_CONTRAST if rng.random() < POLARITY_FLIP else TEXTURE_CONTRAST
     lean = rng.uniform(-TILT, TILT) - angle         # so the texture starts out nearly upright in the image
     start = rng.uniform(0, 100, 2).astype(np.float32)
     magnify = rng.uniform(*TEXTURE_SCALE)
-    return Thing(category, x, y, radius, angle, lean, bend, start, magnify, contrast)
+    return Thing(category, centre, radius, angle, lean, bend, start, magnify, contrast)
 
 
 def random_waves(rng, lengths, *shape):
@@ -234,15 +234,15 @@ def random_waves(rng, lengths, *shape):
 def add(waves, x, y):
     """The sum of waves (m, 3) at x (W,), y (H,) -> (H, W), by cos(u + v) = cos u cos v - sin u sin v."""
     number, direction, phase = waves.T
-    u = np.outer(number * np.cos(direction), x) + phase[:, None]      # (m, W)
-    v = np.outer(number * np.sin(direction), y)                      # (m, H)
-    return np.cos(v).T @ np.cos(u) - np.sin(v).T @ np.sin(u)
+    u = np.outer(number * cos(direction), x) + phase[:, None]         # (m, W)
+    v = np.outer(number * sin(direction), y)                         # (m, H)
+    return cos(v).T @ cos(u) - sin(v).T @ sin(u)
 
 
 def add_lights(lights, x, y):
     """The colour that lights (3, 6, 3) add at x (W,), y (H,) -> (H, W, 3)."""
     luma, cb, cr = [add(waves, x, y) for waves in lights]
-    norm = math.sqrt(3)                             # six waves have variance 3
+    norm = sqrt(3)                             # six waves have variance 3
     colour = CHROMA / norm * np.stack([cb, cr], -1) @ TO_RGB
     return LIGHT / norm * luma[..., None] + colour
 
@@ -251,11 +251,11 @@ def surface_colours(rng, categories):
     """Colours of zero luminance (1 + n, 3), of the background and of n things.  Hues are random, but things
     of the commonest class share one, as objects of a kind often do."""
     hue = rng.uniform(0, TURN)
-    apart = rng.uniform(np.pi / 3, 5 * np.pi / 3, 1 + len(categories))
+    apart = rng.uniform(pi / 3, 5 * pi / 3, 1 + len(categories))
     commonest = max(set(categories), key=categories.count)
     shared = np.array(categories) == commonest
     hues = hue + np.append(0, np.where(shared, apart[0], apart[1:]))
-    chroma = np.stack([np.cos(hues), np.sin(hues)], 1)
+    chroma = np.stack([cos(hues), sin(hues)], 1)
     return OWN * chroma @ TO_RGB
 
 
@@ -282,8 +282,9 @@ def draw(tones, ids, thing, number, x, y):
     radius, hole, mean, std = prepared(name)
     outline = thing.radius * radius * thing.bend
     far = outline.max() + 1                         # 1 more, so that rounding cuts nothing off
-    columns, dx = near(x, thing.x, far)
-    rows, dy = near(y, thing.y, far)
+    centre_x, centre_y = thing.centre
+    columns, dx = near(x, centre_x, far)
+    rows, dy = near(y, centre_y, far)
 
     u, v = turned(dx, dy[:, None], thing.angle)     # the thing's own frame
     distance = np.sqrt(u * u + v * v)
@@ -293,7 +294,8 @@ def draw(tones, ids, thing, number, x, y):
     inside = (depth > 0) & (distance >= hole * thing.radius)
 
     p, q = turned(u[inside], v[inside], thing.lean, thing.magnify)   # and the texture's
-    tone = texture(name, p + thing.start[0], q + thing.start[1])
+    start_p, start_q = thing.start
+    tone = texture(name, p + start_p, q + start_q)
     rim = 1 - np.clip(depth[inside] / 1.5, 0, 1)                     # thin and dark
     light = thing.contrast / std * (tone - mean)
     tones[rows, columns][inside] = light - 0.1 * rim
@@ -315,9 +317,10 @@ def render(rng, things, colours, lights, backdrop, size, pan=(0, 0)):
     pan: toy pixels by which lights and backdrop are moved."""
     H, W = size
     step = SIDE / min(size)
+    right, down = pan
     x = centres(SAMPLES * W, step / SAMPLES)                         # (w,)
     y = centres(SAMPLES * H, step / SAMPLES)                         # (h,)
-    pattern = add(backdrop, x + pan[0], y + pan[1])
+    pattern = add(backdrop, x + right, y + down)
     tones = BACKDROP * pattern.astype(np.float32)                    # (h, w)
     ids = np.zeros(tones.shape, np.uint8)                            # (h, w)
     for number, thing in enumerate(things, 1):
@@ -326,9 +329,9 @@ def render(rng, things, colours, lights, backdrop, size, pan=(0, 0)):
     grain = GRAIN * rng.standard_normal(size, np.float32)
     tone = pool(tones) / SAMPLES**2 + grain                          # (H, W)
     colour = pool(colours[ids]) / SAMPLES**2                         # (H, W, 3)
-    x = centres(W, step)
-    y = centres(H, step)
-    light = add_lights(lights, x + pan[0], y + pan[1])               # (H, W, 3)
+    x = centres(W, step) + right
+    y = centres(H, step) + down
+    light = add_lights(lights, x, y)                                 # (H, W, 3)
     image = 0.5 + tone[..., None] + light + colour
     image = np.clip(image, 0, 1) * 255 + 0.5                         # so that astype() rounds
 
@@ -343,9 +346,8 @@ def render(rng, things, colours, lights, backdrop, size, pan=(0, 0)):
 # ------------------------------------------------- scenes and videos
 def extent(size):
     """Returns (H, W) in pixels, and (width, height) in toy pixels."""
-    H, W = (size, size) if isinstance(size, int) else size
-    wide = np.array([W, H]) * SIDE / min(H, W)
-    return (H, W), wide
+    size = np.broadcast_to(size, 2)
+    return size, size[::-1] * SIDE / size.min()
 
 
 def random_things(rng, label, wide):
@@ -358,18 +360,17 @@ def random_things(rng, label, wide):
     apart = (0.0, 0.24, 0.29)[n - 1]
     things = []
     for turn in first + TURN * np.arange(n) / n:
-        direction = np.array([np.cos(turn), np.sin(turn)])
-        place = 0.5 + apart * direction + rng.uniform(-0.06, 0.06, 2)
-        x, y = wide * place
-        radius = math.sqrt(area / np.pi) * rng.uniform(0.88, 1.12)
-        things.append(random_thing(rng, label, x, y, radius))
+        direction = np.array([cos(turn), sin(turn)])
+        centre = 0.5 + apart * direction + rng.uniform(-0.06, 0.06, 2)
+        radius = sqrt(area / pi) * rng.uniform(0.88, 1.12)
+        things.append(random_thing(rng, label, wide * centre, radius))
 
     if rng.random() < DISTRACTOR:
         other = label + int(rng.integers(1, len(CLASSES)))
         area = rng.uniform(0.03, 0.07) * wide.prod()
-        radius = math.sqrt(area / np.pi)
-        x, y = rng.uniform(radius, wide - radius)
-        thing = random_thing(rng, other % len(CLASSES), x, y, radius)
+        radius = sqrt(area / pi)
+        centre = rng.uniform(radius, wide - radius)
+        thing = random_thing(rng, other % len(CLASSES), centre, radius)
         things.insert(rng.integers(0, n + 1), thing)
     return things
 
@@ -426,7 +427,7 @@ def video(index: int, frames: int = 20, seed: int = 0,
     grow = rng.uniform(-0.25, 0.25, n)
     drift = rng.uniform(-8, 8, 2)
     categories = rng.permutation(len(CLASSES))[:n].tolist()
-    things = [random_thing(rng, category, 0, 0, 0) for category in categories]
+    things = [random_thing(rng, category) for category in categories]
     angle = [thing.angle for thing in things]
     lights = random_waves(rng, SPOT, 3, 6)
     colours = surface_colours(rng, categories)
@@ -436,9 +437,9 @@ def video(index: int, frames: int = 20, seed: int = 0,
     instances = []
     for t in np.linspace(0, 1, frames):
         ease = t * t * (3 - 2 * t)                                         # slow, fast, slow
-        place = begin + ease * way + math.sin(np.pi * ease) * side         # (n, 2)
+        place = begin + ease * way + math.sin(pi * ease) * side            # (n, 2)
         for i, thing in enumerate(things):
-            thing.x, thing.y = place[i]
+            thing.centre = place[i]
             thing.angle = angle[i] + spin[i] * t
             thing.radius = radius[i] * (1 + grow[i] * t)
         image, ids = render(rng, things, colours, lights, backdrop, size, drift * t)

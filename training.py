@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
@@ -19,6 +19,7 @@ import distributed
 import run
 from data import LoaderDied, digest
 from distributed import is_main, say, world_size
+from images import to_device
 from run import Mistake, end, writing
 
 MAY_CHANGE = set("""output_dir device data num_workers max_bad save_every log_every stop_at tensorboard
@@ -45,13 +46,18 @@ def on_all_ranks(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
+def option(group, name: str, type: Callable, default, help: str, **more):
+    """An option of a parser or a group, by position.  more: whatever else argparse takes."""
+    group.add_argument(name, type=type, default=default, help=help, **more)
+
+
 # ------------------------------------------------- the folder of a run
 def fingerprint(images) -> str:
     """Which images: stored with the options, so that a resume compares them."""
     return f"{len(images)} ({digest(images)})"
 
 
-def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer) -> int:
     """Claim args.output_dir, and go on from the last.pth in it, if there is one.  Returns the steps done.
 
     may_change: options that may differ, besides MAY_CHANGE.  parts: networks, by their names in the file.
@@ -59,22 +65,27 @@ def resume(args, may_change: set[str], parts: dict[str, nn.Module], optimizer: t
     path = Path(args.output_dir) / "last.pth"
     last = checkpoint.load(path) if os.path.exists(path) else None
     claim_folder(args, may_change, last)
-    if last is not None:
-        stored = last["optimizer"]
-        groups = optimizer.state_dict()["param_groups"]
-        if [g["params"] for g in groups] != [g["params"] for g in stored["param_groups"]]:
-            raise Mistake(f"{path}: its run trained other weights; give another --output_dir")
-        if args.stop_at and last["step"] >= args.stop_at:
-            raise Mistake(f"--stop_at {args.stop_at}: {path} is at step {last['step']} already; give a "
-                          "larger one, or another --output_dir")
-        checkpoint.restore(path, [(part, last[name]) for name, part in parts.items()])
-        optimizer.load_state_dict(stored | {"param_groups": groups})
-        say(f"going on from {path}, step {last['step']}")
-        before = last["options"].get("epochs")
-        if before != getattr(args, "epochs", None):
-            say(f"--epochs {before} -> {args.epochs}: rates and momentum go on as in such a run")
-    begin_log(args, new=last is None)
-    return last["step"] if last else 0
+    if last is None:
+        begin_log(args, new=True)
+        return 0
+    step = last["step"]
+    stored = last["optimizer"]
+    groups = optimizer.state_dict()["param_groups"]
+    there = [group["params"] for group in stored["param_groups"]]
+    if [group["params"] for group in groups] != there:
+        raise Mistake(f"{path}: its run trained other weights; give another --output_dir")
+    if args.stop_at and step >= args.stop_at:
+        raise Mistake(f"--stop_at {args.stop_at}: {path} is at step {step} already; give a larger one, or "
+                      "another --output_dir")
+    pairs = [(part, last[name]) for name, part in parts.items()]
+    checkpoint.restore(path, pairs)
+    optimizer.load_state_dict(stored | {"param_groups": groups})
+    say(f"going on from {path}, step {step}")
+    before = last["options"].get("epochs")
+    if before != getattr(args, "epochs", None):
+        say(f"--epochs {before} -> {args.epochs}: rates and momentum go on as in such a run")
+    begin_log(args, new=False)
+    return step
 
 
 def claim_folder(args, may_change: set[str], last: dict | None) -> None:
@@ -111,7 +122,8 @@ def options_of(args) -> dict:
     """The options as a run stores them, in JSON's types; the number of ranks is one of them."""
     plain = (str, int, float, list, tuple, type(None))
     options = {k: v for k, v in vars(args).items() if isinstance(v, plain)}
-    return json.loads(json.dumps(options | {"world_size": world_size()}))
+    options["world_size"] = world_size()
+    return json.loads(json.dumps(options))
 
 
 def begin_log(args, new: bool) -> None:
@@ -129,15 +141,18 @@ def begin_log(args, new: bool) -> None:
     with writing(folder):
         for left in folder.glob(".*.pth.*[0-9]"):                      # by a kill in the middle of a save
             left.unlink()
-        for name in ("log.jsonl", "bad_images.txt", "results.json") if new else ():
-            (folder / name).unlink(missing_ok=True)
+        if new:
+            for name in ("log.jsonl", "bad_images.txt", "results.json"):
+                (folder / name).unlink(missing_ok=True)
         (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def bad_names(folder: str | os.PathLike) -> set[str]:
     """The training images that a run could not read."""
     path = Path(folder) / "bad_images.txt"
-    return set(path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else ())
+    if not path.exists():
+        return set()
+    return set(path.read_text("utf-8", "surrogateescape").splitlines())
 
 
 # ------------------------------------------------- the loop
@@ -154,16 +169,18 @@ class Guard:
     images: a source with names.  save: writes the checkpoint after a number of steps.  values: scalars of
     this rank, among them "loss" and "grad_norm".  rates: what all ranks share, such as lr."""
 
-    def __init__(self, args, images, device: torch.device, steps_per_epoch: int, save: Callable[[int], None]):
+    def __init__(self, args, images, device: torch.device, steps_per_epoch: int, save: Callable):
         self.args = args
         self.images = images
         self.device = device
         self.steps_per_epoch = steps_per_epoch
         self.save = save
         self.folder = Path(args.output_dir)
-        minutes = args.save_every.endswith("m")                        # between saves, or steps
-        self.save_seconds = 60 * float(args.save_every[:-1]) if minutes else math.inf
-        self.save_steps = math.inf if minutes else int(args.save_every)
+        self.save_steps = self.save_seconds = math.inf                 # between saves
+        if args.save_every.endswith("m"):
+            self.save_seconds = 60 * float(args.save_every[:-1])
+        else:
+            self.save_steps = int(args.save_every)
         self.stop = distributed.StopSignal()
         self.stopping = self.save_asked = False                        # as all ranks have agreed
         self.bad: set[int] = set()                                     # unreadable images of this epoch
@@ -174,15 +191,17 @@ class Guard:
         self.images_seen = 0
         self.evaluating = 0.0                                          # seconds of evaluations
         lines = run.read_lines(self.folder / "log.jsonl")
-        self.before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self.before = max([line.get("seconds", 0.0) for line in lines], default=0.0)
 
     def steps(self, loader: Iterable, first: int, last: int) -> Iterator:
         """What the loader gives for the steps from `first` to before `last`, under a progress bar.  When a
         loader process dies, what is trained until then is saved."""
         self.first = first
         self.last = last
-        self.bar = tqdm(total=last, initial=first, disable=not is_main(), unit="step", mininterval=1,
-                        dynamic_ncols=True)
+        self.bar = tqdm(
+            total=last, initial=first, disable=not is_main(),
+            unit="step", mininterval=1, dynamic_ncols=True,
+        )
         try:
             yield from loader
         except LoaderDied:
@@ -198,7 +217,7 @@ class Guard:
         """Images a second since this start, without evaluations."""
         return self.images_seen / (time.time() - self.started - self.evaluating)
 
-    def check(self, step: int, values: dict[str, Tensor], rates: dict[str, float], batches: list) -> None:
+    def check(self, step: int, values: dict, rates: dict, batches: list) -> None:
         """All ranks agree: is the step finite, was a stop asked for, are too many images unreadable?  NaN or
         inf in the loss or the gradient ends every rank with code 3, too many bad images with 2.
 
@@ -210,11 +229,12 @@ class Guard:
         self.rates = rates
         for batch in batches:
             self.images_seen += len(batch["index"]) * world_size()
-            self.note_bad({i for i in batch["bad"].tolist() if i >= 0})
-        finite = torch.stack([values["loss"], values["grad_norm"]]).isfinite().all()
+            self.note_bad(set(batch["bad"].tolist()) - {-1})
+        vital = torch.stack([values["loss"], values["grad_norm"]])
+        finite = vital.isfinite().all()
         save_asked = is_main() and time.time() - self.saved >= self.save_seconds
-        flags = torch.tensor([self.stop.asked > 0, len(self.bad), save_asked, 0], dtype=torch.float32)
-        flags = flags.to(self.device, non_blocking=self.late)
+        flags = torch.tensor([self.stop.asked > 0, len(self.bad), save_asked, 0.0])
+        flags = to_device(flags, self.device)
         flags[3] = ~finite
         flags = distributed.all_sum(flags).to("cpu", non_blocking=self.late)
         self.waiting = flags, finite, step, values, rates, batches
@@ -234,19 +254,20 @@ class Guard:
             self.arrived.synchronize()
         asked, bad, save_asked, broken = flags.tolist()
         if broken:
-            self.end_not_finite(bool(finite), *about)
+            self.end_not_finite(finite, *about)
         if bad > self.args.max_bad * len(self.images):
             end(f"{bad:.0f} of {len(self.images)} images are unreadable, more than --max_bad "
                 f"{self.args.max_bad:g}; see {self.folder / 'bad_images.txt'}", together=True)
         self.stopping = asked > 0
-        self.save_asked = self.save_asked or save_asked > 0
+        self.save_asked |= save_asked > 0
 
-    def end_not_finite(self, finite: bool, step: int, values: dict, rates: dict, batches: list) -> None:
+    def end_not_finite(self, finite, step: int, values: dict, rates: dict, batches: list):
         what = f"another rank was not finite at step {step}"
         if not finite:
-            numbers = ", ".join(f"{k} {float(v):.4g}" for k, v in (rates | values).items())
-            files = ", ".join(self.images.name(i) for batch in batches for i in batch["index"].tolist())
-            what = f"not finite at step {step}: {numbers}; files: {files}"
+            numbers = [f"{name} {float(value):.4g}" for name, value in (rates | values).items()]
+            index = torch.cat([batch["index"] for batch in batches])
+            files = map(self.images.name, index.tolist())
+            what = f"not finite at step {step}: {', '.join(numbers)}; files: {', '.join(files)}"
         end(f"rank {distributed.rank()}: {what}; nothing of this step was kept, last.pth is as it was: lower "
             "--lr, or look at these files", run.NOT_FINITE, together=True)
 
@@ -276,20 +297,20 @@ class Guard:
             self.end_epoch(epoch)
         if self.stopping or step == self.args.stop_at:
             self.bar.close()
-            why = "--stop_at after step {}, saved; a larger --stop_at, or none, goes on"
+            why = f"--stop_at after step {step}, saved; a larger --stop_at, or none, goes on"
             if self.stopping:
-                why = "a signal after step {}, saved; start the same command again to go on"
-            end(f"stopped by {why.format(step)}", run.STOPPED, together=True)
+                why = f"a signal after step {step}, saved; start the same command again to go on"
+            end(f"stopped by {why}", run.STOPPED, together=True)
 
     def log(self, step: int) -> dict[str, float]:
         """Means over the ranks, to log.jsonl and the progress bar.  Returns them."""
-        means = distributed.all_mean(torch.stack(list(self.values.values())))
+        means = distributed.all_mean(torch.stack([*self.values.values()]))
         means = dict(zip(self.values, means.tolist(), strict=True))
         speed = self.speed()
-        epoch = step / self.steps_per_epoch
-        self.write({"step": step, "epoch": epoch, **means, **self.rates, "images_per_s": speed,
-                    "seconds": self.seconds()})
-        shown = [f"{k} {v:.3f}" for k, v in means.items() if k in ("loss", "rec", "pat", "cls")]
+        place = {"step": step, "epoch": step / self.steps_per_epoch}
+        times = {"images_per_s": speed, "seconds": self.seconds()}
+        self.write(place | means | self.rates | times)
+        shown = [f"{k} {means[k]:.3f}" for k in ("loss", "rec", "pat", "cls") if k in means]
         self.bar.set_postfix_str(" ".join([*shown, f"{speed:.0f} images/s"]))
         return means
 

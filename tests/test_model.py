@@ -16,9 +16,9 @@ from model import (
     contrastive_head,
     cosine_schedule,
     ema_update,
+    mlp_head,
     momentum_teacher,
     patchify,
-    reconstruction_head,
     unpatchify,
     vit,
 )
@@ -243,7 +243,7 @@ def test_heads_draw_all_defaults_and_then_their_weights():
     torch.manual_seed(0)
     ViT(32, 8, 32, 1, 4)
     heads = {
-        "h_rec": reconstruction_head(32, 8, 16),
+        "h_rec": mlp_head(32, 16, 192),
         "h_pat": contrastive_head(32, 16, 4),
         "h_cls": contrastive_head(32, 16, 4),
     }
