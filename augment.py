@@ -138,7 +138,13 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def mix(x: Tensor, y: Tensor, rng, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mix(
+    x: Tensor,
+    y: Tensor,
+    rng,
+    mixup: float,
+    cutmix: float,
+) -> tuple[Tensor, Tensor]:
     """Mix each image of a batch with its counterpart at the other end, by mixup or, half of the time, cutmix.
 
         mixup   x = lam x_i + (1 - lam) x_j                       lam ~ Beta(mixup, mixup)

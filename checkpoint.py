@@ -136,7 +136,10 @@ def load_safetensors(path: Path) -> dict:
     return content
 
 
-def restore(path: str | Path, parts: list[tuple[nn.Module, dict[str, Tensor]]]) -> None:
+def restore(
+    path: str | Path,
+    parts: list[tuple[nn.Module, dict[str, Tensor]]],
+) -> None:
     """Load (module, state dict) pairs from a training run's file `path`.  Raises Mistake for a tensor that is
     missing, unknown or of another shape."""
     for module, state in parts:

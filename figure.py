@@ -160,7 +160,16 @@ def fitted(text: str, width: float, size: int = SMALL) -> str:
     return short
 
 
-def write(out: Picture, x, y, text: str, width=math.inf, size=SMALL, colour=GREY, anchor="la"):
+def write(
+    out: Picture,
+    x,
+    y,
+    text: str,
+    width=math.inf,
+    size=SMALL,
+    colour=GREY,
+    anchor="la",
+):
     """Text of at most `width` pixels; (x, y) is its left and upper end, or what Pillow calls `anchor`."""
     text = fitted(text, width, size)
     draw = ImageDraw.Draw(out)

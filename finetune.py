@@ -121,7 +121,12 @@ def param_groups(model: Classifier, weight_decay: float, layer_decay: float) -> 
 
 
 # ------------------------------------------------- images
-def crop_and_augment(image: Tensor, g: torch.Generator, size: int, augment: str) -> dict[str, Tensor]:
+def crop_and_augment(
+    image: Tensor,
+    g: torch.Generator,
+    size: int,
+    augment: str,
+) -> dict[str, Tensor]:
     """A training image: a random crop, mirrored or not, then the recipe's augmentation."""
     crop = random_resized_crop(image, size, (0.08, 1.0), 0.5, g)
     return {"image": AUGMENTS[augment](crop, g)}
@@ -183,7 +188,14 @@ class Tester(Guard):
         return classifier.content_of(self.model, self.val.classes, self.args.size)
 
 
-def prepare(parts: list, labels: Tensor, classes: int, step: int, args, device) -> tuple[Tensor, Tensor]:
+def prepare(
+    parts: list,
+    labels: Tensor,
+    classes: int,
+    step: int,
+    args,
+    device,
+) -> tuple[Tensor, Tensor]:
     """The images of one step, normalised and mixed, (B, 3, S, S), and their soft targets, (B, C)."""
     images = torch.cat([to_device(part["image"], device) for part in parts])
     read = torch.cat([part["read"] for part in parts])
@@ -192,7 +204,15 @@ def prepare(parts: list, labels: Tensor, classes: int, step: int, args, device) 
     return mix(normalize(images), targets, rng, args.mixup, args.cutmix)
 
 
-def train(model: nn.Module, optimizer, batches: Batches, guard: Tester, args, device, first: int) -> None:
+def train(
+    model: nn.Module,
+    optimizer,
+    batches: Batches,
+    guard: Tester,
+    args,
+    device,
+    first: int,
+) -> None:
     """The loop.  `step` counts over the whole run; everything random is seeded by it, or by the image."""
     last = args.epochs * batches.per_epoch
     warmup = round(args.warmup_epochs * batches.per_epoch)

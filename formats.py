@@ -243,10 +243,14 @@ def fold_prefix(state: State) -> State:
     if is_square(n - 1):
         return state
     if is_square(n):
-        return state | {"pos_embed": torch.cat([torch.zeros_like(pos[:, :1]), pos], dim=1)}
+        nothing = torch.zeros_like(pos[:, :1])                         # for CLS
+        return state | {"pos_embed": torch.cat([nothing, pos], dim=1)}
     if R and is_square(n - 1 - R) and registers.shape[2] == pos.shape[2]:
         cls, prefix, patches = pos.split([1, R, n - 1 - R], dim=1)
-        return state | {"reg_token": registers + prefix, "pos_embed": torch.cat([cls, patches], dim=1)}
+        return state | {
+            "reg_token": registers + prefix,
+            "pos_embed": torch.cat([cls, patches], dim=1),
+        }
     what = "missing" if pos is None else tuple(pos.shape)
     raise Mistake(f"pos_embed is {what}, expected (1, 1 + g*g, {D})")
 

@@ -74,7 +74,8 @@ def normalize(x: Tensor) -> Tensor:
 def denormalize(x: Tensor) -> Tensor:
     """The inverse of `normalize`, clipped, as uint8."""
     mean, std = constants(x.device)
-    return (x.float() * std + mean).mul(255).round().clamp(0, 255).byte()
+    levels = 255 * (x.float() * std + mean)
+    return levels.round().clamp(0, 255).byte()
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:

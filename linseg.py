@@ -92,7 +92,12 @@ def learning_rate(step: int, args) -> float:
 
 
 # ------------------------------------------------- training
-def batches_of(train: Pairs, args, first: int, pin: bool) -> Iterator[tuple[int, dict]]:
+def batches_of(
+    train: Pairs,
+    args,
+    first: int,
+    pin: bool,
+) -> Iterator[tuple[int, dict]]:
     """(step, this rank's batch) from iteration `first` on: each of W ranks takes every W-th sample."""
     W = distributed.world_size()
     start = first * args.batch_size + distributed.rank()

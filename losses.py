@@ -163,7 +163,11 @@ def global_contrast(q: Tensor, k: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def mean_cosines(q: Tensor, k: Tensor, anchors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mean_cosines(
+    q: Tensor,
+    k: Tensor,
+    anchors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """For the log: mean cosine of the positives, and of the negatives (patches of other images).
 
     Shapes as in `patch_contrast`.  The second comes from sums over images alone:

@@ -144,7 +144,13 @@ def column_of(column: Column, rows: list[list[dict]]) -> list[str]:
     return texts
 
 
-def rows_of(eval: str, data_name: str, rows: list[list[dict]], names: dict, mark: Callable) -> list:
+def rows_of(
+    eval: str,
+    data_name: str,
+    rows: list[list[dict]],
+    names: dict,
+    mark: Callable,
+) -> list:
     """Ours, then the paper's in italics, as Markdown."""
     columns = TABLES[eval].columns
     titles = [row_title(lines[-1], names) + mark(lines[-1]) for lines in rows]
@@ -159,7 +165,11 @@ def rows_of(eval: str, data_name: str, rows: list[list[dict]], names: dict, mark
     return out
 
 
-def sections(lines: list[dict], names: dict[str, str], mark=lambda line: "") -> list[tuple[str, str]]:
+def sections(
+    lines: list[dict],
+    names: dict[str, str],
+    mark=lambda line: "",
+) -> list[tuple[str, str]]:
     """(title, table in Markdown) of each evaluation and set of images among the lines.
 
     names: {checkpoint: title}, in the order of the rows.  mark: what follows the title of a line's row."""

@@ -203,7 +203,12 @@ def scores(order: np.ndarray, gnd: list[dict], setup: str) -> dict[str, float]:
 
 
 # ------------------------------------------------- the script
-def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[int], Unreadable]:
+def rank(
+    vit: ViT,
+    images: Revisited,
+    args,
+    device,
+) -> tuple[np.ndarray, list[int], Unreadable]:
     """(Q, n) image numbers, best first, and the numbers of the Q queries: those that can be read."""
     unreadable = Unreadable(len(images), args.max_bad)
     features = {}
@@ -224,7 +229,12 @@ def rank(vit: ViT, images: Revisited, args, device) -> tuple[np.ndarray, list[in
     return readable[order], queries.tolist(), unreadable
 
 
-def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop: bool) -> list[tuple]:
+def picture_rows(
+    images: Revisited,
+    order: np.ndarray,
+    queries: list[int],
+    crop: bool,
+) -> list[tuple]:
     """The first queries with their best results, each said to be easy, hard, junk or wrong."""
     def square(i: int) -> np.ndarray:
         photo = images.read(i, crop).permute(1, 2, 0).numpy()
@@ -243,7 +253,13 @@ def picture_rows(images: Revisited, order: np.ndarray, queries: list[int], crop:
     return rows
 
 
-def run_one(args, ckpt: str, vit: ViT, images: Revisited, device) -> tuple[np.ndarray, list[int]]:
+def run_one(
+    args,
+    ckpt: str,
+    vit: ViT,
+    images: Revisited,
+    device,
+) -> tuple[np.ndarray, list[int]]:
     """Rank for one checkpoint, say and record the scores.  Returns what `rank` does."""
     started = time.time()
     order, queries, unreadable = rank(vit, images, args, device)
