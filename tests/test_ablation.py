@@ -180,10 +180,10 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
     weights = ["--ckpt", str(work / "backbone.pth")]
     assert scripts.calls == [
         ["pretrain", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_cls", "1"],
-        ["zeroshot", *weights, "--coco", "COCO", "--size", "240", "--json", file],
-        ["zeroshot", *weights, "--voc", "VOC", "--size", "240", "--json", file],
-        ["finetune", *weights, "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
-         "--epochs", "1", "--json", file]]
+        ["zeroshot", "--coco", "COCO", "--size", "240", *weights, "--json", file],
+        ["zeroshot", "--voc", "VOC", "--size", "240", *weights, "--json", file],
+        ["finetune", "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
+         "--epochs", "1", *weights, "--json", file]]
 
     line, = run.read_lines(tmp_path / "out" / "results.jsonl")
     today = line.pop("date")
