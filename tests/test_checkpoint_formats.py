@@ -226,13 +226,18 @@ def test_the_heads_that_our_file_says_are_taken(tmp_path):
     assert torch.equal(tokens(found), tokens(vit)) and "8 heads (the file says so, not 2)" in report
 
 
-@pytest.mark.parametrize("width, right", [(128, 4), (192, 3), (384, 6), (768, 12), (1024, 16), (1152, 16),
-                                          (1280, 16), (1408, 16), (1664, 16)])
+@pytest.mark.parametrize("width, right", [(128, 4), (192, 3), (384, 6), (768, 12), (1024, 16)])
 def test_known_widths(width, right, tmp_path):
     vit = source(embed_dim=width, num_heads=right, depth=1)
     found, report = read(vit.state_dict(), tmp_path)
     assert torch.equal(tokens(found), tokens(vit)) and f" {right} heads (usual at this width" in report
     assert ("MoCo-v3 has 12: --num_heads" in report) == (width == 384)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1152, 1280, 1408, 1664])
+def test_widths_of_giants_have_16_heads(width, tmp_path):
+    test_known_widths(width, 16, tmp_path)
 
 
 def test_a_hidden_width_that_is_no_round_multiple(tmp_path):

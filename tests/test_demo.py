@@ -383,6 +383,7 @@ def wanted(networks, picture, points, threshold="auto", paper=False):
     return np.asarray(a.file(picture.full)), a
 
 
+@pytest.mark.slow
 def test_click_slider_undo_in_a_browser(server, browser):
     address, networks, examples = server
     tab = visit(browser, address)
@@ -423,6 +424,7 @@ def test_click_slider_undo_in_a_browser(server, browser):
     assert all(url.startswith((address, "data:", "blob:")) for url in tab.asked)
 
 
+@pytest.mark.slow
 def test_what_is_to_see_on_a_screen_and_on_a_phone(server, browser):
     """Weights and credit are named, thumbnails are whole, results have their labels, and the pictures come
     before the settings."""

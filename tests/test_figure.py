@@ -123,7 +123,8 @@ def test_sheet_shows_pictures_in_their_order():
     assert places[0].max(0)[1] < places[1].min(0)[1] < places[2].min(0)[1]
 
 
-@pytest.mark.parametrize("rows, panels", [(1, 1), (2, 5), (6, 3), (6, 5), (3, 16), (8, 8), (30, 3)])
+@pytest.mark.parametrize("rows, panels", [(1, 1), (2, 5), (6, 3), (6, 5), (3, 16), (8, 8),
+                                          pytest.param(30, 3, marks=pytest.mark.slow)])
 def test_sheet_fits_a_screen(rows, panels):
     panel = ("similarity", photo(), (0, 1))
     picture = figure.sheet([(LONG, [panel] * panels)] * rows)

@@ -171,6 +171,7 @@ def test_resume_is_exact(world, tmp_path):
     assert best[0]["top1"] == best[1]["top1"] and same_weights(best[0]["model"], best[1]["model"])
 
 
+@pytest.mark.slow
 def test_a_stop_after_an_epoch_is_tested_and_so_is_a_kill(world, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         train(world, tmp_path, "--stop_at", "4")                       # the last step of epoch 1
@@ -204,6 +205,7 @@ def test_a_new_run_forgets_the_best_of_the_one_before(world, tmp_path):
     assert torch.load(tmp_path / "best.pth", weights_only=True)["top1"] <= 100
 
 
+@pytest.mark.slow
 def test_several_checkpoints_train_as_each_would_alone(world, tmp_path, trained):
     both = ["random:vit_micro/8", str(trained / "best.pth")]
     more = ["--epochs", "1", "--json", str(tmp_path / "r.jsonl")]
@@ -334,6 +336,7 @@ def test_unreadable_test_images_are_left_out_and_said(copy, tmp_path, trained, c
     assert metrics["top1"] == pytest.approx(100 * right / 14, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_an_unreadable_training_image_counts_once_an_epoch(copy, tmp_path):
     """1 of 24 is below --max_bad 0.05 for any number of epochs; its replacement keeps its own label."""
     (copy / "train/blue/7.png").write_text("hello")                    # replaced by the first green one

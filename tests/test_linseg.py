@@ -385,6 +385,7 @@ def test_it_learns_resumes_exactly_and_reports(world, tmp_path, capsys, monkeypa
     assert torch.load(tmp_path / "cut/last.pth", weights_only=True)["options"]["num_classes"] == 3
 
 
+@pytest.mark.slow
 def test_several_checkpoints_each_have_a_folder(world, tmp_path):
     shutil.copy(world / "vit.pth", tmp_path / "b.pth")
     more = ["--ckpt", str(world / "vit.pth"), "random:vit_micro/8", "--iters", "2"]
@@ -424,6 +425,7 @@ def test_other_weights_at_the_same_path_are_refused(world, tmp_path):
     run_probe(world, tmp_path / "out", "--ckpt", str(tmp_path / "moved.pth"), "--iters", "1")
 
 
+@pytest.mark.slow
 def test_broken_pairs_are_counted_and_meet_the_ceiling(world, tmp_path, capfd):
     shutil.copytree(world / "pairs", tmp_path / "pairs")
     bad = tmp_path / "pairs/labels/train/0.png"

@@ -106,6 +106,7 @@ def test_paper_defaults():
     assert get_args([]).arch == "vit_micro" and get_args(["--epochs", "3"]).epochs == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["rec", "pat", "cls", "rec pat", "rec cls", "pat cls"])
 def test_each_combination_of_losses(images, tmp_path, on):
     weights = [x for w in ("rec", "pat", "cls") for x in (f"--w_{w}", str(float(w in on)))]
@@ -201,7 +202,7 @@ def killed_at(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize(("workers", "at"), [(0, 4), (2, 8)])
+@pytest.mark.parametrize(("workers", "at"), [(0, 4), pytest.param(2, 8, marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(images, tmp_path, unbroken, killed_at, workers, at):
     """Killed at a step without a last save: goes on from the save before, at step at - 1, in the middle of an
     epoch."""
@@ -402,6 +403,7 @@ def test_two_ranks_follow_one_rank_with_the_joined_batch(images, tmp_path):
             assert two[step][name] == pytest.approx(a[name], rel=2e-4), (step, name)
 
 
+@pytest.mark.slow
 def test_a_second_trial_in_a_folder_does_not_train_past_its_stop(images, tmp_path, capsys):
     for _ in range(2):
         with pytest.raises((SystemExit, Mistake)) as e:
@@ -410,6 +412,7 @@ def test_a_second_trial_in_a_folder_does_not_train_past_its_stop(images, tmp_pat
     assert list(steps(tmp_path)) == [2], "the last step is logged"
 
 
+@pytest.mark.slow
 def test_a_run_may_be_longer_after_its_warmup_was_cut(images, tmp_path, capsys):
     train(images, tmp_path, "--epochs", "1", "--warmup_epochs", "10")
     assert "a tenth of it is warm-up" in capsys.readouterr().out
@@ -417,6 +420,7 @@ def test_a_run_may_be_longer_after_its_warmup_was_cut(images, tmp_path, capsys):
     assert "--epochs 1 -> 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_evaluated_twice(images, tmp_path):
     for split in ("train", "val"):
         for i, image in enumerate(sorted(images.glob("*.png"))):

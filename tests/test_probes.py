@@ -198,6 +198,7 @@ def test_few_shot_leaves_out_a_class_that_is_too_small():
     assert torch.equal(draw_episodes(small, 30), draw_episodes(large, 30))
 
 
+@pytest.mark.slow
 def test_few_shot_reads_class_folders_and_mini_imagenet(tmp_path, capsys):
     write(tmp_path / "f", 0, 160)
     (tmp_path / "mini/images").mkdir(parents=True)

@@ -117,6 +117,7 @@ def test_published_layout_end_to_end(world, capsys):
     run(world, "--multi_scale", "--no-query_crop", "--head", "pat")
 
 
+@pytest.mark.slow
 def test_several_checkpoints(world):
     run(world, "--ckpt", "random:vit_micro/8", "random:vit_t/16", "--json", str(world / "r.jsonl"))
     assert [row["ckpt"] for row in rows_of(world)] == ["random:vit_micro/8", "random:vit_t/16"]

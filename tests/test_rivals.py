@@ -34,6 +34,7 @@ def test_every_method_has_four_tries_and_names_patches_that_apply(tmp_path):
         assert changed
 
 
+@pytest.mark.slow
 def test_prototypes_do_not_move_and_heads_have_batchnorm(tmp_path):
     copy = rivals.copy_of_code(tmp_path, rivals.HEADS)
     program = """

@@ -370,6 +370,7 @@ def test_voc_lists_of_paths(tmp_path):
         Voc(tmp_path, "trainaug")
 
 
+@pytest.mark.slow
 def test_a_large_photo_holds_one_mask_at_a_time(tmp_path):
     """150 objects on 4 megapixels: as bytes together they were 600 MB."""
     rings = [[x, 40, x + 200, 40, x + 200, 400, x, 400] for x in range(0, 1500, 10)]
