@@ -359,9 +359,6 @@ def main(args) -> None:
     if rank == 0:
         run.lock(out)
         (out / "failed.jsonl").unlink(missing_ok=True)
-        with open(lines, "a") as f:
-            if lines.read_text()[-1:] not in ("", "\n"):               # half a line, left by a kill
-                f.write("\n")
 
     networks = [open_network(args, ckpt, device) for ckpt in args.ckpt]
     jobs, missing = open_jobs(args, device)

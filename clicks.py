@@ -102,7 +102,8 @@ def prompt_maps(
 
 # ------------------------------------------------- mask
 def segment(maps: Tensor, threshold: float | str = "auto") -> Tensor:
-    """(..., N) similarities -> bool masks; 'auto' chooses a threshold for each map."""
+    """(..., N) similarities -> bool masks.  'auto': the threshold of each map for one click and tokens that
+    are not centred; `select` has those for others."""
     if threshold == "auto":
         threshold = auto_threshold(maps)
     return maps >= threshold

@@ -253,8 +253,8 @@ class Subset:
 
 # ------------------------------------------------- what --data names
 def open_images(args, split: str = "train", toy_seed: int = 0):
-    """What --data names (args: data, data_root, download, classes).  split: 'train', or 'val', which is None
-    where there is no such split.  Raises Mistake."""
+    """Open the image source that --data names (args: data, data_root, download, classes).  split: 'train', or
+    'val', which is None where there is none.  Raises Mistake."""
     root = Path(args.data)
     is_folder = os.path.isdir(root)
     only = chosen_classes(getattr(args, "classes", None))
@@ -410,7 +410,7 @@ class Batches:
             raise Mistake(f"{len(views)} images do not fill one global batch of {needed}: lower --batch_size "
                           f"(now {batch_size} per rank, {ranks} ranks)")
         self.share = partial(share_of_epoch, len(views), batch_size * accum, views.seed)
-        self.items = []                                # (epoch, index) of what is left of the epoch
+        self.items = []                                # the sampler, refilled in place: (epoch, index)
         self.loader = DataLoader(
             views, batch_size, sampler=self.items, pin_memory=pin,
             num_workers=workers, worker_init_fn=init_worker,
@@ -424,7 +424,7 @@ class Batches:
             if step == first or of_epoch == 0:
                 self.items[:] = self.share(epoch, of_epoch)
                 loader = iter(self.loader)
-                if hasattr(signal, "SIGCHLD"):         # or torch raises anywhere; `next_batch` sees who died
+                if hasattr(signal, "SIGCHLD"):         # torch's handler raises in any line
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield step, [next_batch(loader) for _ in range(self.accum)]
 

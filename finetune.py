@@ -43,8 +43,8 @@ from distributed import fast_precision, is_main, rank, say, world_size
 from images import centre_crop, crop_size, normalize, to_device
 from masking import random_resized_crop
 from model import ViT, cosine_schedule
-from run import Mistake, above, between, count, number
-from training import Guard, global_lr, option
+from run import Mistake, above, between, count, number, option
+from training import Guard, global_lr
 
 RECIPES = {
     "in1k": dict(epochs=100, augment="rand"),

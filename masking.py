@@ -75,13 +75,13 @@ class GMML:
 
 
 class Colours(NamedTuple):
-    """What `colour` does to each crop.  The first dimension is the crop, after that of a batch, if any."""
+    """What `colour` does to each of the 2 + n crops of an image, n of them local."""
 
-    factors: Tensor   # (V, 4) of brightness, contrast, saturation, and the shift of hue
-    order: Tensor     # (V, 4) in which of these four are applied
-    grey: Tensor      # (V,) bool
-    sigma: Tensor     # (V,) of the blur, 0 for none
-    solarize: Tensor  # (V,) bool
+    factors: Tensor   # (2 + n, 4) of brightness, contrast, saturation, and the shift of hue
+    order: Tensor     # (2 + n, 4) in which of these four are applied
+    grey: Tensor      # (2 + n,) bool
+    sigma: Tensor     # (2 + n,) of the blur, 0 for none
+    solarize: Tensor  # (2 + n,) bool
 
 
 class Corruption(NamedTuple):
@@ -179,10 +179,11 @@ class MultiCrop:
         crops = 2 + a.local_number
         kind = torch.arange(crops).clamp(max=2)                        # view 1, view 2, local
         r = torch.rand(crops, 12, generator=g)
-        r_jitter, r_sigma, r_blur, r_solarize = r[:, 4:8].unbind(1)    # (2 + n,) each
+        r_factor, r_four, r_order = r.split(4, dim=1)                  # (2 + n, 4) each
+        r_jitter, r_sigma, r_blur, r_solarize = r_four.unbind(1)       # (2 + n,) each
         r_grey = torch.rand(crops, generator=g)
 
-        factors = 1 + (2 * r[:, :4] - 1) * torch.tensor(a.jitter)
+        factors = 1 + (2 * r_factor - 1) * torch.tensor(a.jitter)
         factors[:, 3] -= 1                                             # hue is a shift, not a gain
         factors[r_jitter >= a.jitter_p] = torch.tensor(NEUTRAL)
         low, high = a.blur_sigma
@@ -190,7 +191,7 @@ class MultiCrop:
         sigma[r_blur >= torch.tensor(a.blur)[kind]] = 0.0
         return Colours(
             factors=factors,
-            order=r[:, 8:].argsort(1),
+            order=r_order.argsort(1),
             grey=r_grey < a.grey,
             sigma=sigma,
             solarize=r_solarize < torch.tensor(a.solarize)[kind],
@@ -233,8 +234,8 @@ class MultiCrop:
         return torch.cat([start, start + size], dim=-1) * c.align
 
 
-def draw_corruption(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
-    """The corruption of one view from each generator: mask (R, S, S), alien (R,), noise_seed (R,)."""
+def corruption_of_views(settings: GMML, size: int, generators: list[Generator]) -> Corruption:
+    """One view's corruption from each of R generators: mask (R, S, S), alien (R,), noise_seed (R,)."""
     crops = MultiCrop(Augmentation(size), settings)
     drawn = [crops.draw_corruption(g) for g in generators]             # each of two views
     fields = [torch.stack(field)[:, 0] for field in zip(*drawn, strict=True)]

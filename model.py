@@ -360,8 +360,8 @@ def mlp_head(dim: int, hidden: int, out: int) -> nn.Sequential:
 class MMC(nn.Module):
     """A backbone with the heads whose losses are on: the student, and, without `h_rec`, the teacher.
 
-    rec, pat, cls: which heads exist; one that does not is None.  hidden, out: widths of the heads; `h_rec`
-    tells the normalised pixels of a patch from its token.
+    rec, pat, cls: which heads exist; one that does not is None.  hidden, out: widths of the heads.  `h_rec`
+    predicts the normalised pixels of a patch from its token.
     head_norm: BatchNorm in the contrastive heads."""
 
     def __init__(
@@ -391,7 +391,8 @@ class MMC(nn.Module):
         rec_index, pat_index: the patches, numbered among all V*B*N, on which `h_rec` and `h_pat` run; None
         for all of them.
 
-        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, for the heads that exist."""
+        Returns {"rec": (M, 3*P*P), "pat": (A, out), "cls": ((V+L)*B, out)}, for the heads that
+        exist; A counts the anchors of both views."""
         cls_only = self.h_rec is None and self.h_pat is None
         tokens = self.backbone(images, cls_only)                       # (V*B, T, D)
         cls = tokens[:, 0]                                             # (V*B, D)

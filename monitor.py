@@ -24,7 +24,7 @@ from distributed import is_main, say
 from images import BadImage, centre_crop, denormalize, normalize
 from knn import knn_of
 from losses import mean_cosines, unit
-from masking import GMML, draw_corruption, gmml
+from masking import GMML, corruption_of_views, gmml
 from model import MMC, ViT, patchify, unpatchify
 from run import Mistake
 from scenes import ToyScenes
@@ -249,9 +249,9 @@ class Monitor(Guard):
 
     @torch.no_grad()
     def picture(self, images: dict[int, Tensor]):
-        """A row for each held-out image: a clicked patch, what is similar to it before and after training,
-        with the masks (and, in the toy world, the truth and their IoU), the corrupted image, its
-        reconstruction."""
+        """A row for each of these images of `self.val`: a clicked patch, what is similar to it before and
+        after training, with the masks (and, in the toy world, the truth and their IoU), the corrupted image,
+        its reconstruction."""
         x = torch.stack([*images.values()])
         x = normalize(x.to(self.device))
         tokens = {}                                                    # of a network: (n, N, D)
@@ -295,7 +295,7 @@ class Monitor(Guard):
     def corrupted(self, x: Tensor, numbers) -> dict[str, Tensor]:
         """The images corrupted, and as the student completes them, if it has h_rec; (n, 3, S, S) each."""
         generators = [torch.Generator().manual_seed(i) for i in numbers]
-        draws = draw_corruption(GMML(0.0, align=self.args.drop_align), self.size, generators)
+        draws = corruption_of_views(GMML(0.0, align=self.args.drop_align), self.size, generators)
         mask = draws.mask.to(self.device)                              # (n, S, S)
         out = {"corrupted": gmml(x, mask, draws.alien, draws.noise_seed)}
         student = self.student

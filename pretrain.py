@@ -34,8 +34,8 @@ from losses import global_contrast, patch_contrast, reconstruction
 from masking import GMML, Augmentation, Colours, MultiCrop, colour, gmml
 from model import ALIASES, ARCHS, MMC, cosine_schedule, ema_update, momentum_teacher, patchify, vit
 from monitor import Monitor, similarities, test_images
-from run import Mistake, above, at_least, between, count, number, plural, share
-from training import global_lr, option, warmup_epochs
+from run import Mistake, above, at_least, between, count, number, option, plural, share
+from training import global_lr, warmup_epochs
 
 TOY = dict(data="toy", arch="vit_micro", patch_size=8, global_crops_size=48, global_crops_scale=[0.3, 1.0],
            local_crops_number=0, jitter=[0.0, 0.0, 0.0, 0.0], grey=0.6, blur=[0.5, 0.1, 0.5],
@@ -159,7 +159,7 @@ def train(student, teacher, optimizer, batches: Batches, monitor: Monitor, args,
 
         values["grad_norm"] = nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad or math.inf)
         rates = {"lr": lr[step], "momentum": momentum[step]}
-        monitor.check(step, values, rates, of_step)                    # ends all ranks on NaN
+        monitor.check(step, values, rates, of_step)                    # NaN, bad images, a signal
 
         for group in optimizer.param_groups:
             group["lr"] = lr[step]
@@ -345,9 +345,6 @@ def get_args(argv=None) -> argparse.Namespace:
                       f"{args.global_crops_size}")
     if not (args.w_rec or args.w_pat or args.w_cls):
         raise Mistake("--w_rec, --w_pat, --w_cls: expected at least one above 0")
-    if args.warmup_epochs > args.epochs:
-        say(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs: a tenth "
-            "of it is warm-up")
     for name, idle in IDLE.items():
         if getattr(args, name) == 0:
             run.refuse_idle(args, idle, f"--{name} 0")
@@ -375,8 +372,8 @@ def networks(args, device: torch.device) -> tuple[MMC, MMC]:
 
 
 def crops(args) -> MultiCrop:
-    """What the loader's workers do to an image."""
-    local = args.local_crops_number if args.w_cls else 0               # only Eq. (3) reads local crops
+    """What the loader's workers do to an image: crops, and the random numbers of colours and corruption."""
+    local = args.local_crops_number if args.w_cls else 0               # only Eq. (3) reads them
     augmentation = Augmentation(
         global_size=args.global_crops_size, global_scale=args.global_crops_scale,
         local_number=local, local_size=args.local_crops_size, local_scale=args.local_crops_scale,
@@ -412,12 +409,15 @@ def main(args: argparse.Namespace) -> None:
     say(f"{args.data}: {images.about}{listed}")
     if val is not None:
         say(f"val: {val.about}")
-    args.images = training.fingerprint(images)
+    args.images = training.fingerprint(images)                         # an option: a resume compares it
     transform = crops(args)
     views = Views(images, transform, args.seed)
     on_cuda = device.type == "cuda"
     batches = Batches(views, args.batch_size, args.accum, args.num_workers, pin=on_cuda)
     say(describe(args, batches, transform))
+    if args.warmup_epochs > args.epochs:
+        say(f"--warmup_epochs {args.warmup_epochs:g} is longer than the run of {args.epochs} epochs: a tenth "
+            "of it is warm-up")
 
     student, teacher = networks(args, device)
     untrained = copy.deepcopy(teacher.backbone)

@@ -41,7 +41,7 @@ from data import ImageFolder, ToyImages, evenly, generator_of, labelled, open_im
 from distributed import say
 from images import ROOM, BadImage, Unreadable, centre_crop, crop_size, denormalize, normalize, to_device
 from knn import KS, draw_episodes, extract_features, few_shot, knn_of, knn_of_blocks
-from masking import GMML, draw_corruption, gmml, random_resized_crop
+from masking import GMML, corruption_of_views, gmml, random_resized_crop
 from model import MMC, ViT, unpatchify
 from run import Mistake
 
@@ -165,7 +165,7 @@ def variance_of(
         clean = normalize(centre_crop(image, size).to(device))
         patches = []
         for part in torch.arange(views).tensor_split(math.ceil(views / batch)):     # none of one view
-            mask, alien, noise_seed = draw_corruption(half_noise, size, [g] * len(part))
+            mask, alien, noise_seed = corruption_of_views(half_noise, size, [g] * len(part))
             x = clean.expand(len(part), -1, -1, -1)
             _, tokens = encode(gmml(x, mask.to(device), alien, noise_seed))
             patches.append(tokens)
@@ -229,7 +229,7 @@ def layers_picture(student: MMC, images, size: int, blocks: list[int]) -> figure
     side = size // P
     clean = normalize(torch.stack(list(crops.values())))               # (n, 3, S, S)
     generators = [Generator().manual_seed(i) for i in crops]
-    corruption = draw_corruption(GMML(noise_p=0.0, align=P), size, generators)
+    corruption = corruption_of_views(GMML(noise_p=0.0, align=P), size, generators)
     corrupted = gmml(clean, *corruption)
     panels = {"corrupted": corrupted}
     outputs = vit.intermediate(corrupted, blocks, norm=True)

@@ -209,8 +209,9 @@ class PromptScenes(Dataset):
 
 
 class Row(NamedTuple):
-    """One prompt.  iou: at each threshold, with the automatic one, and of the mask that takes everything."""
-    target: str
+    """One prompt.  kind: "class" or "instance".  iou: at each threshold, with the automatic one, and of the
+    mask that takes everything."""
+    kind: str
     image: str
     category: str
     iou: dict[str, float]
@@ -221,7 +222,7 @@ class Result:
     """The prompts and the pairs of a set of images.  images: how many have an object.  counts, sums: as of
     `pair_counts`."""
     protocol: Protocol
-    grid: PromptScenes
+    source: PromptScenes
     rows: list[Row] = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)
     counts: Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.long))
@@ -231,7 +232,7 @@ class Result:
 
     @property
     def unreadable(self) -> Unreadable:
-        return self.grid.unreadable
+        return self.source.unreadable
 
     def add(self, scene: Prepared, z: Tensor) -> None:
         """One more image, with its tokens z (N, D)."""
@@ -257,7 +258,7 @@ class Result:
         Prompts are drawn on the grid of whole patches, seeded by the image's name, so that they stay the
         same at any stride, limit and batch size."""
         choice = self.protocol
-        grid = self.grid
+        grid = self.source
         inside = torch.stack([target.inside for target in targets])    # (Q, g*g)
         truth = torch.stack([target.truth for target in targets])      # (Q, N), or (Q, S*S)
         points = draw_points(inside, choice.points, generator)
@@ -288,16 +289,16 @@ class Result:
 
     def asked(self) -> list[Row]:
         """The prompts of the protocol's kind of target."""
-        return [row for row in self.rows if row.target == self.protocol.target]
+        return [row for row in self.rows if row.kind == self.protocol.target]
 
     def summary(self) -> dict:
         """Four means in percent, each {threshold: mean IoU}, where there are such targets.  The first is the
         default definition; its best value, the automatic one, and that of everything stand beside it.  Then
         overlap, intra and inter, nan without pairs, and counts.  Raises Mistake without any target."""
         asked = self.asked()
-        instances = [row for row in self.rows if row.target == "instance"]
+        instances = [row for row in self.rows if row.kind == "instance"]
         if not asked:
-            scenes = self.grid.scenes
+            scenes = self.source.scenes
             raise Mistake(f"{scenes.title}: no {self.protocol.target} of {self.protocol.min_patches} or more "
                           f"patches in {len(scenes)} images")
         means = {
@@ -332,7 +333,7 @@ class Result:
             "n_prompts": len(asked),
             "n_skipped": self.skipped[self.protocol.target],
             "n_images": self.images,
-            "left_out": dict(self.grid.left_out),
+            "left_out": dict(self.source.left_out),
             **self.unreadable.for_json(),
             "images_per_s": round(self.images / self.seconds, 3),
         }
@@ -349,7 +350,7 @@ def mean_iou(rows: list[Row], by: str = "") -> dict[str, float]:
 
 
 def prompt_table(features: Features, *given, **options) -> Result:
-    """Prompt every object and category of all images, with the arguments of `prompt_tables`."""
+    """`prompt_tables` for one kind of tokens: the same other arguments, one Result."""
     return prompt_tables(lambda images: [features(images)], *given, **options)[0]
 
 

@@ -130,6 +130,11 @@ SHARED = {  # options that several scripts have
 }
 
 
+def option(group, name: str, type: Callable, default, help: str, **more):
+    """Add an option to a parser or a group, by position.  more: whatever else argparse takes."""
+    group.add_argument(name, type=type, default=default, help=help, **more)
+
+
 def add_shared(parser, names: str, **defaults) -> None:
     """Add options of the table SHARED to a parser or a group; `defaults` replace those of the table."""
     for name in names.split():
@@ -243,9 +248,21 @@ def read_lines(path: Path) -> list[dict]:
 
 def append_json(path: str | os.PathLike | None, line: dict) -> None:
     """One more line of a jsonl file, on rank 0; nothing without a path.  NaN becomes null."""
-    if path and distributed.is_main():
-        with writing(path), open(path, "a") as f:
-            f.write(json.dumps(without_nan(line)) + "\n")
+    if not path or not distributed.is_main():
+        return
+    with writing(path):
+        start = "\n" if ends_in_half_a_line(path) else ""
+        with open(path, "a") as f:
+            f.write(start + json.dumps(without_nan(line)) + "\n")
+
+
+def ends_in_half_a_line(path: str | os.PathLike) -> bool:
+    """Whether a kill left the file without the end of its last line."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return False
+    with open(path, "rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read() != b"\n"
 
 
 def without_nan(value):

@@ -46,11 +46,6 @@ def on_all_ranks(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-def option(group, name: str, type: Callable, default, help: str, **more):
-    """An option of a parser or a group, by position.  more: whatever else argparse takes."""
-    group.add_argument(name, type=type, default=default, help=help, **more)
-
-
 # ------------------------------------------------- the folder of a run
 def fingerprint(images) -> str:
     """Which images: stored with the options, so that a resume compares them."""
@@ -159,7 +154,7 @@ def bad_names(folder: str | os.PathLike) -> set[str]:
 class Guard:
     """Keeps a training run honest.
 
-        for step, batches in guard.steps(loader, first, last):
+        for step, batches in guard.steps(steps, first, last):
             ...                                            # forward, backward
             guard.check(step, values, rates, batches)      # the gradient is there
             optimizer.step()
@@ -193,9 +188,9 @@ class Guard:
         lines = run.read_lines(self.folder / "log.jsonl")
         self.before = max([line.get("seconds", 0.0) for line in lines], default=0.0)
 
-    def steps(self, loader: Iterable, first: int, last: int) -> Iterator:
-        """What the loader gives for the steps from `first` to before `last`, under a progress bar.  When a
-        loader process dies, what is trained until then is saved."""
+    def steps(self, steps: Iterable, first: int, last: int) -> Iterator:
+        """The same steps, from `first` to before `last`, under a progress bar.  When a loader process of rank
+        0 dies, what is trained until then is saved."""
         self.first = first
         self.last = last
         self.bar = tqdm(
@@ -203,7 +198,7 @@ class Guard:
             unit="step", mininterval=1, dynamic_ncols=True,
         )
         try:
-            yield from loader
+            yield from steps
         except LoaderDied:
             self.settle()
             self.save(self.bar.n)

@@ -146,7 +146,7 @@ def write_csv(path: str, results: dict[str, Result]) -> None:
     thresholds = [f"t{t:.1f}" for t in THRESHOLDS]
     lines = [["ckpt", "category", "prompts", *thresholds, "auto", "everything"]]
     for ckpt, result in results.items():
-        for category in result.grid.scenes.categories:
+        for category in result.source.scenes.categories:
             rows = [row for row in result.asked() if row.category == category]
             means = mean_iou(rows).values() if rows else []
             values = [f"{mean:.2f}" for mean in means] or [""] * (len(THRESHOLDS) + 2)
@@ -159,7 +159,7 @@ def write_csv(path: str, results: dict[str, Result]) -> None:
 def density_curves(ckpt: str, result: Result) -> figure.Picture:
     """The picture of Fig. 5 for one checkpoint."""
     total = result.counts.sum(1).double()
-    text = f"{result.grid.scenes.title}, overlap O = {overlap(result.counts):.3f}"
+    text = f"{result.source.scenes.title}, overlap O = {overlap(result.counts):.3f}"
     shares = (result.counts / total[:, None]).numpy()
     means = (result.sums / total).tolist()
     return figure.densities(shares, means, ["intra", "inter"], short_name(ckpt), text)

@@ -47,10 +47,11 @@ CPU = "--device cpu --num_workers 0 --precision fp32"
 CUDA = "--device cuda --num_workers 8 --precision bf16"
 LARGE = "--batch_size 128 --lr 3e-3 --momentum_teacher .9"
 SMALL = "--batch_size 64 --lr 5e-3 --momentum_teacher .9"
+CLEAN = "--noise_p 0 --drop_replace 0"      # the student sees nothing corrupted
 SLOW = "--batch_size 128 --lr 1e-3 --momentum_teacher .96"
 MAE = "--w_pat 0 --w_cls 0 --noise_p 1 --drop_perc .75 .75 --drop_align 8 --drop_block .001"
-DINO = "--w_rec 0 --w_pat 0 --temp .1 --drop_perc 0 0"
-IBOT = "--w_rec 0 --temp .1 --patch_tokens masked"
+DINO = f"--w_rec 0 --w_pat 0 --temp .1 {CLEAN}"
+IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
 
@@ -64,8 +65,8 @@ METHODS = {  # method: its tries, each the patches and the options
     "contrast of CLS": [
         ([], f"{CONTRAST} {LARGE}"),
         ([], f"{CONTRAST} {SMALL}"),
-        ([], f"{CONTRAST} {SMALL} --drop_perc 0 0"),
-        ([], f"{CONTRAST} {SMALL} --drop_perc 0 0 --temp .1"),
+        ([], f"{CONTRAST} {SMALL} {CLEAN}"),
+        ([], f"{CONTRAST} {SMALL} {CLEAN} --temp .1"),
     ],
     "MAE's task": [
         (["mae"], f"{MAE} {LARGE}"),
@@ -92,8 +93,7 @@ METHODS = {  # method: its tries, each the patches and the options
 def part_of(data: Path, work: Path, per_class: int) -> Path:
     """A folder with train/ and val/ of links: per_class and 100 images of each class of data, apart."""
     part = work / f"part_{per_class}"
-    if part.exists():
-        return part
+    shutil.rmtree(part, ignore_errors=True)            # it may be of other data, or half made
     for folder in sorted(path for path in data.iterdir() if path.is_dir()):
         files = sorted(folder.iterdir())
         held_out = set(evenly(100, len(files)))
@@ -161,16 +161,16 @@ def train(patches: list[str], options: str, data: Path, folder: Path, seed: int,
     work = Path(args.work).resolve()
     code = copy_of_code(work, patches)
     here = CPU if device.type == "cpu" else CUDA
-    options = [*NETWORK.split(), *here.split(), *options.split(), "--seed", str(seed)]
+    words = [*NETWORK.split(), *here.split(), *options.split(), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data
     n_images = sum(1 for _ in images.glob("*/*"))
-    of_image = seconds_per_image(code, images, work, options, device)
+    of_image = seconds_per_image(code, images, work, words, device)
     epochs = max(round(args.seconds / of_image / n_images), 2)
     shutil.rmtree(folder, ignore_errors=True)
     began = clock(device)
-    pretrain(code, ["--data", data, "--output_dir", folder, "--epochs", epochs, *options], device)
+    pretrain(code, ["--data", data, "--output_dir", folder, "--epochs", epochs, *words], device)
     return {
-        "seed": seed, "patches": patches, "options": options, "epochs": epochs, "images": epochs * n_images,
+        "seed": seed, "patches": patches, "options": words, "epochs": epochs, "images": epochs * n_images,
         "asked_seconds": args.seconds, "seconds_with_evaluation": round(clock(device) - began),
         "images_per_s": round(1 / of_image, 1), "device": device.type,
         "before_and_after": json.loads((folder / "results.json").read_text()),
@@ -238,9 +238,10 @@ def main(args: argparse.Namespace) -> None:
     file = out / ("final.jsonl" if args.final else "tries.jsonl")
     key = "seed" if args.final else "try"
     done = {(row["method"], row[key]) for row in run.read_lines(file)}
-    for i in args.seeds if args.final else range(4):
+    tries = max(len(METHODS[name]) for name in args.methods)
+    for i in args.seeds if args.final else range(tries):
         for name in args.methods:
-            if (name, i) in done:
+            if (name, i) in done or (not args.final and i >= len(METHODS[name])):
                 continue
             print(f"{name}, {key} {i}", flush=True)
             row = final(name, i, args) if args.final else one_try(name, i, args)

@@ -197,7 +197,7 @@ def test_the_four_means_equal_plain_loops(vit, toys):
 
 def values(result):
     scores = torch.tensor([list(row.iou.values()) for row in result.rows])
-    return scores, [(row.target, row.image, row.category) for row in result.rows]
+    return scores, [(row.kind, row.image, row.category) for row in result.rows]
 
 
 def test_the_result_does_not_depend_on_batch_or_limit(vit, toys):
@@ -231,7 +231,7 @@ def test_tables_of_several_kinds_of_tokens_are_those_of_each(vit, toys):
 
 def test_classes_without_an_instance_that_is_large_enough(vit, toys):
     result = table(vit, toys, 6)
-    result.rows = [row for row in result.rows if row.target == "class"]
+    result.rows = [row for row in result.rows if row.kind == "class"]
     summary = result.summary()
     assert "miou_instance" not in summary and summary["best"] == max(summary["miou"].values())
 

@@ -54,6 +54,8 @@ def test_train_and_held_out_images_of_a_try_are_apart(images, tmp_path):
         held_out = {path.name for path in (part / "val" / name).iterdir()}
         assert (len(train), len(held_out)) == (20, 100)
         assert not train & held_out
+    again = rivals.part_of(images, tmp_path / "work", 30)
+    assert len(list((again / "train" / "a").iterdir())) == 30
 
 
 def test_options_of_every_try_parse_and_its_epochs_follow_from_the_time(images, tmp_path, monkeypatch):
