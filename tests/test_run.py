@@ -204,6 +204,10 @@ def test_json_is_json(tmp_path):
     file = tmp_path / "a.jsonl"
     run.append_json(file, {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": -0.5}, "e": "caf\udce9"})
     assert run.read_lines(file)[0] == {"a": None, "b": [1.0, None], "c": {"d": -0.5}, "e": "caf\udce9"}
+    with open(file, "a") as f:
+        f.write('{"half": ')
+    assert len(run.read_lines(file)) == 1
+
 
 
 def test_half_a_line_left_by_a_kill_costs_no_other(tmp_path):
@@ -213,9 +217,6 @@ def test_half_a_line_left_by_a_kill_costs_no_other(tmp_path):
     run.append_json(file, {"step": 3})
     run.append_json(file, {"step": 4})
     assert [line["step"] for line in run.read_lines(file)] == [1, 3, 4]
-    with open(file, "a") as f:
-        f.write('{"half": ')
-    assert len(run.read_lines(file)) == 1
 
 
 def test_a_record_has_the_same_keys_everywhere(tmp_path):
