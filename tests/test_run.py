@@ -209,7 +209,6 @@ def test_json_is_json(tmp_path):
     assert len(run.read_lines(file)) == 1
 
 
-
 def test_half_a_line_left_by_a_kill_costs_no_other(tmp_path):
     file = tmp_path / "a.jsonl"
     run.append_json(file, {"step": 1})
