@@ -1,9 +1,7 @@
 """A plain Vision Transformer, the three MMC heads, and the momentum teacher (Sec. "Implementation").
 
 Nothing here knows about losses, data or files.  The parameters of the ViT have timm's names, so that weights
-move in both directions; its widths are those of DeiT.  The contrastive heads are 3-layer MLPs of widths
-4096-4096-256 with BatchNorm; the reconstruction head is a 3-layer MLP to the pixels of a patch, without norm.
-Departs from the paper in nothing.
+move in both directions; its widths are those of DeiT.  Departs from the paper in nothing.
 
 Shapes: B images, V global views, L local crops, H x W pixels, P patch size, N = h*w patches, R registers,
 T = 1 + R + N tokens, D width.  The order of tokens is always [cls, registers, patches]: tokens[:, 0] is CLS,
@@ -17,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
+
+from distributed import all_mean
 
 # name: (width D, blocks, heads).  Add a line here to add an architecture.
 ARCHS = {
@@ -142,10 +142,8 @@ class PatchEmbed(nn.Module):
         P = self.patch_size
         S = self.stride
         if height < P or width < P or (height - P) % S or (width - P) % S:
-            raise ValueError(
-                f"image of {height}x{width} pixels does not divide into patches of {P} at stride {S}: "
-                f"give sides that are a multiple of {P}"
-            )
+            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {P} at stride "
+                             f"{S}: give sides that are a multiple of {P}")
         return (height - P) // S + 1, (width - P) // S + 1
 
     def forward(self, x):
@@ -240,8 +238,7 @@ class ViT(nn.Module):
         prefix = self.cls_token + pos[:, :1]
         if self.num_prefix_tokens > 1:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
-        prefix = prefix.expand(len(x), -1, -1)
-        return torch.cat([prefix, patches], dim=1)
+        return torch.cat([prefix.expand(len(x), -1, -1), patches], dim=1)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         """(B, 3, H, W) normalised pixels -> all tokens after the final norm, (B, T, D).
@@ -327,14 +324,24 @@ def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, h * p, w * p)
 
 
+class BatchNormMLP(nn.Sequential):
+    """(n, D) -> (n, out).  BatchNorm takes the batch's mean away after the first layer; in bf16 that mean
+    would cost the digits that tell images apart, so it is taken away before that layer, too."""
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x - all_mean(x.detach().float().mean(0))               # over all ranks
+        return super().forward(x)
+
+
 def contrastive_head(dim: int, hidden: int, out: int, norm: bool = True) -> nn.Sequential:
     """(n, D) -> (n, out): Linear-BN-GELU-Linear-BN-GELU-Linear-BN, the last BN without affine.
 
-    BatchNorm uses the statistics of the batch always, also in the teacher and in eval mode, so it keeps none;
-    a batch of one is invalid.  Without `norm` it is `mlp_head`."""
+    BatchNorm uses the statistics of the batch always, in the teacher, too, so it keeps none, and a batch of
+    one is invalid.  Without `norm` it is `mlp_head`."""
     if not norm:
         return mlp_head(dim, hidden, out)
-    return nn.Sequential(
+    return BatchNormMLP(
         nn.Linear(dim, hidden, bias=False),
         nn.BatchNorm1d(hidden, track_running_stats=False),
         nn.GELU(),

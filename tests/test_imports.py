@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "PIL", "scipy"}
 OPTIONAL = {"checkpoint": {"safetensors", "onnx", "onnxscript"}, "demo": {"gradio"}}
 FLOORS = [  # a module imports from floors below its own, or from those before it on its own
-    "model distributed figure toy",
+    "distributed model figure toy",
     "run images data losses masking augment formats checkpoint training",
     "clicks scenes prompts knn videos labelmaps classifier",
     "zeroshot davis linseg retrieval probes",

@@ -208,6 +208,25 @@ def test_without_bf16_the_callers_autocast_stays():
 
 
 # ---- the heads
+def test_contrastive_head_in_bf16_is_not_blinded_by_what_all_tokens_share():
+    """Tokens whose mean is 300 times their spread, more than bf16 has digits for."""
+    torch.manual_seed(0)
+    head = contrastive_head(64, 32, 8)
+    shared = torch.randn(64)
+    x = (300 * shared + torch.randn(40, 64)).requires_grad_()
+    exact = head(x)
+    weights = torch.randn(40, 8)
+    gradient, = torch.autograd.grad((weights * exact).sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(x)
+        blind = nn.Sequential.forward(head, x)
+    found_gradient, = torch.autograd.grad((weights * found).sum(), x)
+    assert torch.cosine_similarity(exact, found.float()).mean() > 0.999
+    assert torch.cosine_similarity(exact, blind.float()).mean() < 0.9
+    assert torch.cosine_similarity(gradient.flatten(), found_gradient.flatten(), 0) > 0.98
+    assert torch.equal(head(x), exact)                 # and in float32 nothing is taken out
+
+
 def test_contrastive_head_uses_batch_statistics():
     head = contrastive_head(8, 16, 4)
     x = torch.randn(64, 8)
