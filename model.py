@@ -142,8 +142,8 @@ class PatchEmbed(nn.Module):
         P = self.patch_size
         S = self.stride
         if height < P or width < P or (height - P) % S or (width - P) % S:
-            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {P} at stride "
-                             f"{S}: give sides that are a multiple of {P}")
+            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {P} at "
+                             f"stride {S}: give sides that are a multiple of {P}")
         return (height - P) // S + 1, (width - P) // S + 1
 
     def forward(self, x):
