@@ -238,7 +238,7 @@ class ViT(nn.Module):
         prefix = self.cls_token + pos[:, :1]
         if self.num_prefix_tokens > 1:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
-        return torch.cat([prefix.expand(len(x), -1, -1), patches], dim=1)
+        return torch.cat([prefix.expand(x.shape[0], -1, -1), patches], dim=1)
 
     def forward(self, x: Tensor, cls_only: bool = False) -> Tensor:
         """(B, 3, H, W) normalised pixels -> all tokens after the final norm, (B, T, D).
