@@ -169,14 +169,11 @@ def paste_box(x: Tensor, other: Tensor, lam: float, rng) -> tuple[Tensor, float]
     the share of x that is left after that."""
     S = x.shape[-1]
     half = S * math.sqrt(1 - lam) / 2
-    box = [...]
-    area = 1
-    for centre in rng.integers(0, S, 2):                               # y, x
-        first = max(round(centre - half), 0)
-        last = min(round(centre + half), S)
-        box.append(slice(first, last))
-        area *= last - first
-    box = tuple(box)
+    y_centre, x_centre = rng.integers(0, S, 2)
+    top = max(round(y_centre - half), 0)
+    bottom = min(round(y_centre + half), S)
+    left = max(round(x_centre - half), 0)
+    right = min(round(x_centre + half), S)
     x = x.clone()
-    x[box] = other[box]
-    return x, 1 - area / S ** 2
+    x[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return x, 1 - (bottom - top) * (right - left) / S ** 2

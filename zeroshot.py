@@ -21,6 +21,7 @@ several clicks.  Cost: the network's; on one CPU core ViT-S 1.5 images/s, ViT-B 
 Shapes: N = h*w tokens, D width, H x W pixels, P patch size, S stride."""
 import argparse
 import csv
+import math
 from dataclasses import asdict, fields
 
 import torch
@@ -131,8 +132,11 @@ def table_of(summary: dict, protocol: Protocol) -> str:
         everything = summary["everything_others"][name]
         lines.append(f"{title:>14}{values}{mean[best]:7.1f} ({best}){auto:8.1f}{everything:8.1f}")
 
-    cosines = [f"{name} {summary[name]:.3f}" for name in ("intra", "inter", "overlap")]
-    lines.append(f"similarity: {', '.join(cosines)}".replace("nan", "without pairs"))
+    cosines = []
+    for name in ("intra", "inter", "overlap"):
+        value = summary[name]
+        cosines.append(f"{name} without pairs" if math.isnan(value) else f"{name} {value:.3f}")
+    lines.append(f"similarity: {', '.join(cosines)}")
     left_out = [f"{summary['n_skipped']} targets below {protocol.min_patches} patches"]
     left_out += [f"{count} {what}" for what, count in summary["left_out"].items()]
     lines.append(f"{summary['n_prompts']} prompts of {summary['n_categories']} categories in "
