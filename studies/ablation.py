@@ -5,8 +5,10 @@
     python -m studies.ablation --out results/imagenette --coco COCO --voc VOC --finetune imagewoof -- \\
         --data imagenette/train --arch vit_t --patch_size 8 --global_crops_size 96 --epochs 100
 
-The studies are table4, which losses are on, and decisions, which the paper leaves open.  A variant of table4
-has the paper's name, three digits for rec, cls, pat in this order: 110 is rec + cls, 101 is rec + pat.
+The studies are table4, which losses are on; decisions, which the paper leaves open; and reconstruction, which
+asks when Eq. (1) helps.  A variant of table4 has the paper's name, three digits for rec, cls, pat in this
+order: 110 is rec + cls, 101 is rec + pat.  Some variants of reconstruction train in a copy of the code that a
+patch of this folder has changed.
 
 What follows `--` goes to pretrain.py, the same for all variants.  Each finished run is a line of
 OUT/results.jsonl; the same command leaves out what is there, and goes on with a run that was cut off.  The
@@ -14,8 +16,11 @@ weights are kept in --work.  OUT/table.md and OUT/curves.png are drawn anew afte
 world takes about 5 minutes on two CPU cores; results/toy/table.md shows what to expect."""
 import argparse
 import json
+import os
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -30,6 +35,7 @@ import run
 import zeroshot
 from report import markdown, spread
 
+ROOT = Path(__file__).parent.parent
 FINETUNE = "--epochs 10 --warmup_epochs 1 --lr 2e-3 --augment none --mixup 0 --cutmix 0"
 
 STUDIES = {  # study: {variant: options of pretrain.py}
@@ -56,6 +62,20 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "w_cls 1": "--w_cls 1",
         "w_pat 3": "--w_pat 3",
     },
+    "reconstruction": {
+        "w_rec 0": "--w_rec 0",
+        "w_rec 0.3": "--w_rec 0.3",
+        "w_rec 1": "",
+        "w_rec 3": "--w_rec 3",
+        "half as much corrupted": "--drop_perc 0.25 0.375 --drop_replace 0.15",
+        "half as much corrupted, w_rec 0": "--drop_perc 0.25 0.375 --drop_replace 0.15 --w_rec 0",
+        "from the middle block": "",
+        "pixels normalised per patch": "",
+    },
+}
+PATCHES = {  # variant: the patch that makes it
+    "from the middle block": "rec_block",
+    "pixels normalised per patch": "rec_pixels",
 }
 PAPER = {  # Table 4: k-NN CLS / k-NN PAT / fine-tuned (ViT-S, ImageNet-100, 200 epochs)
     "100": "17.2 / 14.7 / 89.9", "010": "75.0 / 63.9 / 90.6", "001": "39.9 / 40.8 / 87.8",
@@ -76,6 +96,33 @@ def call(script, *options) -> None:
     torch.compiler.reset()                     # the next networks are others, if --compile is given
 
 
+def copy_of_code(folder: Path, *patches: str) -> Path:
+    """Make the folder a copy of the code with these patches, of docs/exercises or of studies, applied in this
+    order.  Raises Mistake for one that does not fit the code."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}  # whatever git is above
+    for name in patches:
+        patch = ROOT / "docs/exercises" / f"{name}.patch"
+        if not patch.exists():
+            patch = ROOT / "studies" / f"{name}.patch"
+        done = subprocess.run(["git", "apply", patch], cwd=folder, env=alone, capture_output=True, text=True)
+        if done.returncode:
+            raise run.Mistake(f"{patch} no longer applies to this code; `patch -p1 --fuzz=3` may still do, "
+                              f"and `git diff -U1` makes it anew: {done.stderr.strip()}")
+    return folder
+
+
+def pretrain_with(patch: str, folder: Path, *options) -> None:
+    """Run pretrain.py of a copy of the code in a process of its own, whose exit code ends us, too."""
+    code = copy_of_code(folder, patch)
+    done = subprocess.run([sys.executable, code / "pretrain.py", *map(str, options)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
 def settings_of(name: str, args: argparse.Namespace) -> dict:
     """The options of a variant's pretraining, and those of the evaluations that are asked for."""
     evaluation = {
@@ -91,7 +138,11 @@ def run_variant(name: str, seed: int, args: argparse.Namespace) -> dict:
     """Pretrain and evaluate one variant; returns its line of results.jsonl, with shares in percent."""
     settings = settings_of(name, args)
     work = Path(args.work) / f"{name.replace(' ', '_')}_{seed}"
-    call(pretrain, "--output_dir", work, "--seed", seed, *settings["options"])
+    options = ["--output_dir", work, "--seed", seed, *settings["options"]]
+    if name in PATCHES:
+        pretrain_with(PATCHES[name], work.with_name(f"{work.name}_code"), *options)
+    else:
+        call(pretrain, *options)
     about = json.loads((work / "run.json").read_text())
     device = distributed.pick_device(about["options"]["device"])
 

@@ -37,9 +37,8 @@ import probes
 import run
 import zeroshot
 from data import evenly
-from studies.ablation import FINETUNE, measure
+from studies.ablation import FINETUNE, copy_of_code, measure
 
-ROOT = Path(__file__).parent.parent
 NETWORK = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
            "--blur_sigma .1 1 --head_hidden_dim 512 --head_out_dim 128 --drop_path 0 --warmup_epochs 1 "
            "--knn_every 0")
@@ -107,22 +106,6 @@ def part_of(data: Path, work: Path, per_class: int) -> Path:
     return part
 
 
-def copy_of_code(work: Path, patches: list[str]) -> Path:
-    """The folder of a copy of the code with these patches applied."""
-    copy = work / "_".join(["code", *patches])
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir(parents=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, copy)
-    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent.resolve())}    # whatever git is above
-    for name in patches:
-        patch = ROOT / "docs/exercises" / f"{name}.patch"
-        if not patch.exists():
-            patch = ROOT / "studies" / f"{name}.patch"
-        subprocess.run(["git", "apply", patch], cwd=copy, check=True, env=alone)
-    return copy
-
-
 def pretrain(code: Path, options: list, device: torch.device) -> float:
     """Run pretrain.py of a copy; its seconds, on a CPU those of one thread.  Raises CalledProcessError if it
     fails; that it stopped at --stop_at is no failure."""
@@ -159,7 +142,7 @@ def train(patches: list[str], options: str, data: Path, folder: Path, seed: int,
     """Pretrain for --seconds; the first half of a line of results, with shares in percent."""
     device = distributed.pick_device(args.device)
     work = Path(args.work).resolve()
-    code = copy_of_code(work, patches)
+    code = copy_of_code(work / "_".join(["code", *patches]), *patches)
     here = CPU if device.type == "cpu" else CUDA
     words = [*NETWORK.split(), *here.split(), *options.split(), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data

@@ -7,11 +7,15 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_exercises import load
 from test_pretrain import TINY
 
 import figure
+import pretrain as core
 import run
+from model import MMC, patchify, vit
 from pretrain import get_args
 from run import Mistake
 from studies import ablation
@@ -225,6 +229,56 @@ def test_a_run_with_other_options_is_refused(tmp_path):
     ablation.main(args)
     with pytest.raises(Mistake, match="'--limit 80'.*, not .*'--size 240'.* give another --out"):
         ablation.main(ablation.get_args([*command, "--zeroshot_options", "--size 240"]))
+
+
+# ------------------------------------------------- variants that change the code
+def test_the_middle_block_alone_feeds_the_reconstruction(tmp_path):
+    """In the patched network the last two of four blocks change pat, and not rec."""
+    code = ablation.copy_of_code(tmp_path / "code", ablation.PATCHES["from the middle block"])
+    model = load(code, "model")
+    torch.manual_seed(0)
+    mmc = model.MMC(model.vit("vit_micro", 32, 8), hidden=16, out=8)
+    images = torch.randn(3, 3, 32, 32)
+    before = mmc(images)
+    with torch.no_grad():
+        for block in mmc.backbone.blocks[mmc.backbone.depth // 2:]:
+            block.mlp.fc2.bias += 1 + torch.arange(mmc.backbone.embed_dim)
+    after = mmc(images)
+    assert torch.equal(before["rec"], after["rec"])
+    assert not torch.allclose(before["pat"], after["pat"])
+
+    plain = MMC(vit("vit_micro", 32, 8), hidden=16, out=8)
+    plain.load_state_dict(mmc.state_dict())                            # nothing else is another
+    torch.testing.assert_close(plain(images)["pat"], after["pat"])
+
+
+def test_pixels_normalised_per_patch_have_mean_0_and_variance_1(tmp_path):
+    """A prediction that is 0.5 off everywhere has a loss of 0.5, whatever brightness and contrast."""
+    code = ablation.copy_of_code(tmp_path / "code", ablation.PATCHES["pixels normalised per patch"])
+    args = get_args(["--data", "toy", "--w_pat", "0", "--w_cls", "0"])
+    clean = torch.randn(2, 3, 16, 16) * torch.tensor([1.0, 5.0])[:, None, None, None] + 3
+    pixels = patchify(clean, 8).flatten(0, 1)
+    normal = (pixels - pixels.mean(1, keepdim=True)) / pixels.std(1, keepdim=True, correction=0)
+    mask = torch.ones(2, 16, 16, dtype=torch.bool)
+    inputs = core.Inputs(clean, clean, None, mask, torch.arange(8), [], None)
+    losses = load(code, "pretrain").mmc_losses({"rec": normal + 0.5}, {}, inputs, args)
+    assert losses["rec"].item() == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_patched_variant_trains_in_its_own_process(images, tmp_path):
+    command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--study", "reconstruction",
+               "--variants", "from the middle block", "--", *TINY, "--data", str(images),
+               "--stop_at", "2"]
+    with pytest.raises(SystemExit) as e:
+        ablation.main(ablation.get_args(command))
+    assert e.value.code == run.STOPPED
+    assert (tmp_path / "work" / "from_the_middle_block_0" / "last.pth").exists()
+
+
+def test_a_patch_that_does_not_fit_is_named(tmp_path):
+    with pytest.raises(Mistake, match="prototypes.patch no longer applies"):
+        ablation.copy_of_code(tmp_path / "code", "prototypes")         # it goes on top of another
 
 
 def test_the_exit_code_of_a_stopped_run_is_passed_on(tmp_path, monkeypatch):

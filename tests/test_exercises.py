@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 import pretrain
 from model import patchify
+from studies.ablation import copy_of_code as patched
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "exercises"
@@ -37,20 +37,6 @@ def lines_of(patch: str, sign: str) -> list[str]:
     changed = [line[1:].strip() for line in patch.splitlines()
                if line.startswith(sign) and not line.startswith(3 * sign)]
     return [line for line in changed if line and not line.startswith("#")]
-
-
-def patched(folder: Path, *names: str) -> Path:
-    """A copy of the code with solutions applied."""
-    folder.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    for name in names:
-        done = subprocess.run(["git", "apply", FOLDER / f"{name}.patch"], cwd=folder, text=True,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)},
-                              capture_output=True)
-        assert done.returncode == 0, (f"{name}.patch no longer applies; `patch -p1 --fuzz=3` may still do, "
-                                      f"and `git diff -U1` makes it anew: {done.stderr}")
-    return folder
 
 
 def load(code: Path, name: str):

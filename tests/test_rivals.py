@@ -8,14 +8,14 @@ import pytest
 
 import pretrain as core
 import run
-from studies import rivals
+from studies import ablation, rivals
 
 
 @pytest.fixture
 def images(tmp_path):
     """Two classes of 130 images: links to one file, as only names matter here."""
     one = tmp_path / "one.jpg"
-    shutil.copy(rivals.ROOT / "docs/cat.jpg", one)
+    shutil.copy(ablation.ROOT / "docs/cat.jpg", one)
     for name in ("a", "b"):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
@@ -28,15 +28,15 @@ def test_every_method_has_four_tries_and_names_patches_that_apply(tmp_path):
     for tries in rivals.METHODS.values():
         assert len(tries) == 4
     for patches in (["dino_ibot", "prototypes"], ["mae"]):
-        copy = rivals.copy_of_code(tmp_path, patches)
+        copy = ablation.copy_of_code(tmp_path / "code", *patches)
         changed = [path.name for path in copy.glob("*.py")
-                   if path.read_text() != (rivals.ROOT / path.name).read_text()]
+                   if path.read_text() != (ablation.ROOT / path.name).read_text()]
         assert changed
 
 
 @pytest.mark.slow
 def test_prototypes_do_not_move_and_heads_have_batchnorm(tmp_path):
-    copy = rivals.copy_of_code(tmp_path, rivals.HEADS)
+    copy = ablation.copy_of_code(tmp_path / "code", *rivals.HEADS)
     program = """
 from torch import nn
 from model import MMC, vit
