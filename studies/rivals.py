@@ -22,6 +22,7 @@ import os
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import davis
 import distributed
 import finetune
@@ -37,6 +39,8 @@ import probes
 import run
 import zeroshot
 from data import evenly
+from model import vit
+from report import markdown, spread
 from studies.ablation import FINETUNE, copy_of_code, measure
 
 NETWORK = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
@@ -53,6 +57,7 @@ DINO = f"--w_rec 0 --w_pat 0 --temp .1 {CLEAN}"
 IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
+UNTRAINED = "untrained"                        # a row of the finals: the network before any training
 
 METHODS = {  # method: its tries, each the patches and the options
     "MMC": [
@@ -86,6 +91,25 @@ METHODS = {  # method: its tries, each the patches and the options
         (HEADS, f"{IBOT} {SMALL} --drop_perc .1 .5"),
     ],
 }
+MEASURES = [  # title, key in final.jsonl, which is best, digits, {method: the paper's number}
+    ("images seen in training", "images", None, 0, {}),
+    ("Table 11: k-NN PAT, imagenette", "knn_pat_imagenette", max, 1, {"MMC": "77.0"}),
+    ("k-NN CLS, imagenette", "knn_cls_imagenette", max, 1, {"MMC": "77.5"}),
+    ("k-NN PAT, imagewoof", "knn_pat_imagewoof", max, 1, {}),
+    ("k-NN CLS, imagewoof", "knn_cls_imagewoof", max, 1, {}),
+    ("Table 1: click on COCO, best t", "coco", max, 1,
+     {"MMC": "38.4", "MAE's task": "30.1", "DINO": "35.1", "iBOT": "36.2"}),
+    ("the same, automatic t", "coco_auto", max, 1, {}),
+    ("the same, the better mask", "coco_better", max, 1, {}),
+    ("Table 5: overlap O on COCO", "coco_overlap", min, 3,
+     {"MMC": ".55", "MAE's task": ".76", "DINO": ".66", "iBOT": ".56"}),
+    ("click on VOC, best t", "voc", max, 1, {}),
+    ("the same, automatic t", "voc_auto", max, 1, {}),
+    ("the same, the better mask", "voc_better", max, 1, {}),
+    ("overlap O on VOC", "voc_overlap", min, 3, {}),
+    ("Table 2: DAVIS, J&F", "davis", max, 1, {"MMC": "60.3", "DINO": "57.7", "iBOT": "59.7"}),
+    ("fine-tuned on imagewoof", "finetune", max, 1, {}),
+]
 
 
 # ------------------------------------------------- data and code of a run
@@ -187,11 +211,29 @@ def best_try(name: str, args) -> dict:
 
 def final(name: str, seed: int, args) -> dict:
     """Pretrain on all images with the setting that won, and evaluate; a line of final.jsonl."""
-    won = best_try(name, args)["try"]
-    patches, options = METHODS[name][won]
     folder = Path(args.work).resolve() / f"{name.replace(' ', '_')}_final_{seed}"
-    row = {"method": name, "try": won}
-    row |= train(patches, options, Path(args.data).resolve(), folder, seed, args)
+    row = {"method": name, "seed": seed}
+    if name == UNTRAINED:
+        save_untrained(folder, seed)
+    else:
+        won = best_try(name, args)["try"]
+        patches, options = METHODS[name][won]
+        row |= {"try": won, **train(patches, options, Path(args.data).resolve(), folder, seed, args)}
+    return row | evaluate(folder, seed, args)
+
+
+def save_untrained(folder: Path, seed: int) -> None:
+    """Write backbone.pth of the network before any training."""
+    torch.manual_seed(seed)
+    backbone = vit("vit_micro", img_size=48, patch_size=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"arch": backbone.config, "step": 0, "backbone": backbone.state_dict()}
+    checkpoint.save(folder / "backbone.pth", content)
+
+
+def evaluate(folder: Path, seed: int, args) -> dict:
+    """All that is asked for of the backbone in a folder, by its key in MEASURES; shares in percent."""
+    row = {}
     for where in ("voc", "coco"):
         if getattr(args, where):
             options = [f"--{where}", getattr(args, where), "--size", 240, "--limit", 80]
@@ -213,6 +255,51 @@ def final(name: str, seed: int, args) -> dict:
     return row
 
 
+# ------------------------------------------------- tables
+def tries_table(rows: list[dict]) -> str:
+    """Markdown: every try, in percent, the one that won in bold."""
+    heads = ["method", "settings", "images/s", "epochs", "k-NN CLS", "k-NN PAT", "VOC train", "O", "mean"]
+    lines = []
+    for name in METHODS:
+        mine = sorted((row for row in rows if row["method"] == name), key=lambda row: row["try"])
+        best = max((row["score"] for row in mine), default=None)
+        for row in mine:
+            patches, options = METHODS[name][row["try"]]
+            settings = " ".join([*(f"{patch}.patch" for patch in patches), options])
+            score = f"{row['score']:.1f}"
+            lines.append([
+                name, f"`{settings}`", f"{row['images_per_s']:.0f}", str(row["epochs"]),
+                *(f"{row['before_and_after'][key]:.1f}" for key in ("knn_cls", "knn_pat")),
+                f"{row['voc_train']:.1f}", f"{row['voc_train_overlap']:.3f}",
+                f"**{score}**" if row["score"] == best else score,
+            ])
+    return markdown(heads, lines)
+
+
+def final_table(rows: list[dict]) -> str:
+    """Markdown: a line for each measure, the best of ours in bold, the paper's numbers below in italics."""
+    groups = {name: [row for row in rows if row["method"] == name] for name in [UNTRAINED, *METHODS]}
+    groups = {name: mine for name, mine in groups.items() if mine}
+    lines = []
+    for title, key, best, digits, paper in MEASURES:
+        texts = []
+        means = []
+        for mine in groups.values():
+            values = [row[key] for row in mine if key in row]
+            texts.append(spread(values, digits))
+            means.append(round(statistics.mean(values), digits) if values else None)
+        known = [mean for mean in means if mean is not None]
+        if not known:
+            continue
+        for i, mean in enumerate(means):
+            if best and mean == best(known):
+                texts[i] = f"**{texts[i]}**"
+        lines.append([title, *texts])
+        if paper:
+            lines.append(["*paper*", *(f"*{paper[name]}*" if name in paper else "" for name in groups)])
+    return markdown(["", *groups], lines)
+
+
 def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     with run.writing(out, "--out "):
@@ -221,9 +308,10 @@ def main(args: argparse.Namespace) -> None:
     file = out / ("final.jsonl" if args.final else "tries.jsonl")
     key = "seed" if args.final else "try"
     done = {(row["method"], row[key]) for row in run.read_lines(file)}
-    tries = max(len(METHODS[name]) for name in args.methods)
+    names = [name for name in args.methods if args.final or name != UNTRAINED]
+    tries = max(len(METHODS[name]) for name in METHODS)
     for i in args.seeds if args.final else range(tries):
-        for name in args.methods:
+        for name in names:
             if (name, i) in done or (not args.final and i >= len(METHODS[name])):
                 continue
             print(f"{name}, {key} {i}", flush=True)
@@ -240,7 +328,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--data", required=True, metavar="DIR", help="class folders of train images; the labels only judge")
     a("--out", required=True, metavar="DIR", help="folder of tries.jsonl and final.jsonl")
     a("--work", default="out/rivals", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    a("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="only these")
+    names = [*METHODS, UNTRAINED]
+    a("--methods", nargs="+", default=names, choices=names, help="only these")
     a("--seconds", type=run.above(0.0), default=150.0, help="of training (default: %(default)s)")
     a("--per_class", type=run.count, default=150, help="images of a class in a try (default: %(default)s)")
     a("--final", action="store_true", help="train with what won among the tries, and evaluate all")

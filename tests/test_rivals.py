@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import checkpoint
 import pretrain as core
 import run
 from studies import ablation, rivals
@@ -98,3 +100,65 @@ def test_the_best_try_needs_all_of_them(tmp_path):
         rivals.best_try("DINO", args)
     run.append_json(tmp_path / "tries.jsonl", {"method": "DINO", "try": 3, "score": 1.0})
     assert rivals.best_try("DINO", args)["try"] == 1
+
+
+def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, monkeypatch):
+    for number, score in enumerate([20.0, 31.0, 30.0, 1.0]):
+        run.append_json(tmp_path / "tries.jsonl", {"method": "DINO", "try": number, "score": score})
+    seen = []
+
+    def train(patches, options, data, folder, seed, args):
+        seen.append((patches, options, seed))
+        return {"images": 900}
+
+    def measure(script, folder, *options):
+        """What only depends on the script and on whether the better mask is asked for."""
+        if script is rivals.finetune:
+            return {"top1": 50.0}
+        if script is rivals.davis:
+            return {"J&F-Mean": 60.0}
+        if script is rivals.probes:
+            return {"cls": {"10": 40.0}, "pat": {"10": 41.0}}
+        return {"best": 21.0 if "--contiguous" in options else 20.0, "auto": 19.0, "overlap": 0.8}
+
+    monkeypatch.setattr(rivals, "train", train)
+    monkeypatch.setattr(rivals, "measure", measure)
+    work = tmp_path / "work"
+    command = ["--data", "imagenette/train", "--out", str(tmp_path), "--work", str(work), "--device", "cpu",
+               "--voc", "VOC", "--coco", "COCO", "--davis", "DAVIS", "--knn", "imagenette",
+               "--finetune", "imagewoof", "--final", "--methods", "DINO", "untrained"]
+    rivals.main(rivals.get_args(command))
+    assert seen == [(*rivals.METHODS["DINO"][1], seed) for seed in (0, 1)]
+    rows = run.read_lines(tmp_path / "final.jsonl")
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("DINO", 0), ("untrained", 0), ("DINO", 1), ("untrained", 1)]
+    keys = {key for _, key, *_ in rivals.MEASURES if "imagewoof" not in key}
+    assert keys <= rows[0].keys() and rows[0]["voc"] == 20.0 and rows[0]["voc_better"] == 21.0
+
+    first, other = (checkpoint.load_backbone(work / f"untrained_final_{seed}" / "backbone.pth")[0]
+                    for seed in (0, 1))
+    assert first.config["img_size"] == 48 and not torch.equal(first.pos_embed, other.pos_embed)
+
+
+def test_tables_by_hand():
+    def made(method, **more):
+        return {"method": method, "coco": 30.0, "coco_overlap": 0.7} | more
+
+    rows = [made("DINO", coco=20.0, images=900), made("DINO", coco=22.0, images=900), made("MMC", images=800),
+            made("untrained", coco_overlap=0.9)]
+    assert rivals.final_table(rows).splitlines() == [
+        "|  | untrained | MMC | DINO |",
+        "|---|---|---|---|",
+        "| images seen in training |  | 800 | 900 +- 0 |",
+        "| Table 1: click on COCO, best t | **30.0** | **30.0** | 21.0 +- 1.4 |",
+        "| *paper* |  | *38.4* | *35.1* |",
+        "| Table 5: overlap O on COCO | 0.900 | **0.700** | **0.700 +- 0.000** |",
+        "| *paper* |  | *.55* | *.66* |"]
+
+    tries = [{"method": "DINO", "try": number, "score": score, "images_per_s": 100.4, "epochs": 9,
+              "before_and_after": {"knn_cls": 30.04, "knn_pat": 31.0}, "voc_train": 25.0,
+              "voc_train_overlap": 0.6} for number, score in ((1, 29.0), (0, 28.0))]
+    first, second = rivals.tries_table(tries).splitlines()[2:]
+    assert first.startswith("| DINO | `dino_ibot.patch --w_rec 0 ")
+    assert first.endswith(" | 100 | 9 | 30.0 | 31.0 | 25.0 | 0.600 | 28.0 |")
+    assert "`dino_ibot.patch prototypes.patch " in second and second.endswith(" | **29.0** |")
