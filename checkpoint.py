@@ -222,6 +222,17 @@ def short_name(path: str) -> str:
 
 
 # ------------------------------------------------- export
+def first_blocks(model: ViT, n: int) -> ViT:
+    """A ViT of the first n blocks and the final norm.  Raises Mistake for more than there are."""
+    if n > model.depth:
+        raise Mistake(f"--blocks {n}: the network has {model.depth}")
+    config = model.config | {"depth": n}
+    short = ViT(**config)
+    state = model.state_dict()
+    short.load_state_dict({name: state[name] for name in short.state_dict()})
+    return short.eval().requires_grad_(False)
+
+
 def export(model: ViT, path: str, step: int) -> None:
     """Write a backbone in the format that the name ends in.
 
@@ -248,13 +259,16 @@ def get_args(argv=None):
     p.add_argument("file", help="a checkpoint of any method")
     p.add_argument("--to", metavar="OUT", help=f"write the backbone; the name ends in {', '.join(EXPORTS)}")
     p.add_argument("--half", action="store_true", help="in float16")
+    p.add_argument("--blocks", type=run.count, metavar="N", help="keep the first N blocks and the final norm; "
+                   "`probes.py layers` tells how good each block is")
     run.add_shared(p, "checkpoint_key num_heads")
     args = p.parse_args(argv)
     kind = Path(args.to or "x.pth").suffix
     if kind not in EXPORTS:
         raise Mistake(f"--to {args.to}: expected a name that ends in {', '.join(EXPORTS)}")
-    if args.half and not args.to:
-        raise Mistake("--half has no effect without --to")
+    for name in ("half", "blocks"):
+        if getattr(args, name) and not args.to:
+            raise Mistake(f"--{name} has no effect without --to")
     if not all(importlib.util.find_spec(name) for name in EXPORTS[kind].split()):
         raise Mistake(f"--to {args.to}: to write this format: pip install {EXPORTS[kind]}")
     run.check_outputs(args, "to")
@@ -266,6 +280,8 @@ def main(args) -> None:
     model, report = read_backbone(args.file, content, args.checkpoint_key, args.num_heads)
     say(report)
     if args.to:
+        if args.blocks:
+            model = first_blocks(model, args.blocks)
         if args.half:
             model.half()
             if not all(p.isfinite().all() for p in model.parameters()):

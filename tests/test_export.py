@@ -157,3 +157,16 @@ def test_weights_that_float16_cannot_hold_are_refused(ours, tmp_path):
     with pytest.raises(Mistake, match="beyond the range of float16"):
         export(path, tmp_path / "out.pth", "--half")
     assert not (tmp_path / "out.pth").exists()
+
+
+# ------------------------------------------------- fewer blocks
+def test_the_first_blocks_give_what_the_whole_network_has_there(ours, tmp_path):
+    path, network = ours
+    export(path, tmp_path / "short.pth", "--blocks", "1")
+    found, _ = load_backbone(str(tmp_path / "short.pth"))
+    assert (found.depth, network.depth) == (1, 2)
+    torch.testing.assert_close(found(IMAGES), network.intermediate(IMAGES, [1], norm=True)[0])
+    with pytest.raises(Mistake, match="--blocks 3: the network has 2"):
+        export(path, tmp_path / "long.pth", "--blocks", "3")
+    with pytest.raises(Mistake, match="--blocks has no effect without --to"):
+        get_args([str(path), "--blocks", "1"])

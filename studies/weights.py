@@ -1,0 +1,110 @@
+"""The recipe of mmc.pth: gather train images, pretrain without their labels, keep the first blocks.
+
+    python -m studies.weights --imagenette imagenette --imagewoof imagewoof --voc VOCdevkit --coco coco \\
+        --out out/weights
+
+It links the train images of every set into OUT/images/train, and the validation images of imagenette into
+OUT/images/val, which pretrain.py uses for k-NN only.  An image whose file is, to the byte, a validation image
+of any of the sets is refused.  Then it runs pretrain.py with RECIPE (what follows `--` comes on top), and
+writes OUT/mmc.pth, the first BLOCKS blocks in float16.  `probes.py layers` tells how good each block is.
+
+The same command goes on with a run that was cut off."""
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import checkpoint
+import pretrain
+import run
+from images import EXTENSIONS
+from scenes import find_voc, read_voc_list
+from studies.ablation import call
+
+RECIPE = ("--arch vit_mini --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
+          "--blur_sigma .1 1 --head_hidden_dim 512 --head_out_dim 128 --drop_path 0 --batch_size 128 "
+          "--lr 3e-3 --momentum_teacher .9 --epochs 80 --warmup_epochs 1 --knn_every 10 --precision bf16")
+BLOCKS = 4
+
+
+def class_folders(root: Path, split: str) -> Iterator[tuple[str, Path]]:
+    """(class, file) of the images of ROOT/SPLIT/CLASS/."""
+    for file in sorted((root / split).glob("*/*")):
+        if file.suffix.lower() in EXTENSIONS:
+            yield file.parent.name, file
+
+
+def images_of(args, train: bool) -> Iterator[tuple[str, Path]]:
+    """(folder, file) of the train images of all sets, or of their validation images."""
+    split = "train" if train else "val"
+    yield from class_folders(Path(args.imagenette), split)
+    if args.imagewoof:
+        yield from class_folders(Path(args.imagewoof), split)
+    if args.voc:
+        for image, _ in read_voc_list(find_voc(args.voc), split):
+            yield "voc", image
+    if args.coco:
+        for file in sorted((Path(args.coco) / f"{split}2017").glob("*.jpg")):
+            yield "coco", file
+
+
+def digest(file: Path) -> bytes:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+
+
+def gather(args, folder: Path) -> int:
+    """Fill FOLDER/train and FOLDER/val with links; the number of train images.  Raises Mistake where a set
+    has none, and for a train image that is a validation image, too."""
+    held_out = {digest(file): file for _, file in images_of(args, train=False)}
+    n = {}
+    for name, file in images_of(args, train=True):
+        twin = held_out.get(digest(file))
+        if twin:
+            raise run.Mistake(f"{file} is the validation image {twin}: leave it out of the train images")
+        link(file, folder / "train" / name)
+        n[name] = n.get(name, 0) + 1
+    for name, file in class_folders(Path(args.imagenette), "val"):
+        link(file, folder / "val" / name)
+    for name, there in (("voc", args.voc), ("coco", args.coco)):
+        if there and name not in n:
+            raise run.Mistake(f"--{name} {there}: no train images found")
+    if not n:
+        raise run.Mistake(f"--imagenette {args.imagenette}: no images in train/CLASS/")
+    print(f"{sum(n.values())} train images: " + ", ".join(f"{name} {count}" for name, count in n.items()))
+    return sum(n.values())
+
+
+def link(file: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / file.name
+    if not target.is_symlink():
+        target.symlink_to(file.resolve())
+
+
+def main(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    with run.writing(out, "--out "):
+        gather(args, out / "images")
+    call(pretrain, "--data", out / "images", "--output_dir", out / "run", *RECIPE.split(), *args.pretrain)
+    call(checkpoint, out / "run/backbone.pth", "--to", out / "mmc.pth", "--half", "--blocks", args.blocks)
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    p = run.Parser(description=__doc__)
+    a = p.add_argument
+    a("--imagenette", required=True, metavar="DIR", help="folder with train/ and val/ of class folders")
+    a("--imagewoof", metavar="DIR", help="another one, of which train/ is taken")
+    a("--voc", metavar="DIR", help="PASCAL VOC, of which ImageSets/Segmentation/train.txt is taken")
+    a("--coco", metavar="DIR", help="COCO, of which train2017/ is taken")
+    a("--blocks", type=run.count, default=BLOCKS, help="blocks that are kept (default: %(default)s)")
+    a("--out", required=True, metavar="DIR", help="folder of links, run and mmc.pth")
+    args = p.parse_args(argv[:cut])
+    args.pretrain = argv[cut + 1:]
+    return args
+
+
+if __name__ == "__main__":
+    run.script(main, get_args)
