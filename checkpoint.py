@@ -259,8 +259,8 @@ def get_args(argv=None):
     p.add_argument("file", help="a checkpoint of any method")
     p.add_argument("--to", metavar="OUT", help=f"write the backbone; the name ends in {', '.join(EXPORTS)}")
     p.add_argument("--half", action="store_true", help="in float16")
-    p.add_argument("--blocks", type=run.count, metavar="N", help="keep the first N blocks and the final norm; "
-                   "`probes.py layers` tells how good each block is")
+    p.add_argument("--blocks", type=run.count, metavar="N", help="keep the first N blocks and the final "
+                   "norm; `probes.py layers` tells how good each block is")
     run.add_shared(p, "checkpoint_key num_heads")
     args = p.parse_args(argv)
     kind = Path(args.to or "x.pth").suffix
