@@ -84,7 +84,8 @@ PAPER = {  # Table 4: k-NN CLS / k-NN PAT / fine-tuned (ViT-S, ImageNet-100, 200
 }
 COLUMNS = {  # key in results.jsonl: head of its column
     "knn_cls": "k-NN CLS", "knn_pat": "k-NN PAT", "prompt_iou": "toy prompt IoU",
-    "coco": "COCO mIoU", "coco_overlap": "COCO O", "voc": "VOC mIoU", "voc_overlap": "VOC O",
+    "coco": "COCO, best t", "coco_auto": "auto", "coco_overlap": "O",
+    "voc": "VOC, best t", "voc_auto": "auto", "voc_overlap": "O",
     "finetune": "fine-tuned", "seconds": "seconds",
 }
 

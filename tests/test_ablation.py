@@ -51,7 +51,7 @@ def row(variant, seed, value):
 def test_table_by_hand():
     rows = [row("111", 0, 30.0), row("111", 1, 32.0), row("100", 0, 11.0)]
     lines = ablation.table(rows, "table4").splitlines()
-    assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | COCO O | "
+    assert lines[0] == ("| rec cls pat | seeds | k-NN CLS | k-NN PAT | O | "
                         "*paper: CLS / PAT / fine-tuned* |")
     assert lines[1] == "|---|---|---|---|---|---|"
     assert lines[2] == "| untrained | 2 | 9.5 +- 0.7 |  |  |  |"                    # once per seed
@@ -202,7 +202,7 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
         "coco": 30.0, "coco_auto": 31.0, "coco_overlap": 0.7, "voc": 30.0, "voc_auto": 31.0,
         "voc_overlap": 0.7, "finetune": 50.0, "device": "cpu", "torch": "2.11", "commit": "abc1234"}
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| w_cls 1 | 1 | 40.0 | 20.0 | 30.0 | 0.700 | 30.0 | 0.700 | 50.0 | 7.5 |" in table
+    assert "| w_cls 1 | 1 | 40.0 | 20.0 | 30.0 | 31.0 | 0.700 | 30.0 | 31.0 | 0.700 | 50.0 | 7.5 |" in table
 
 
 def test_an_interrupted_study_does_only_what_is_missing(tmp_path, monkeypatch):
