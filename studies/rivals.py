@@ -152,7 +152,7 @@ def clock(device: torch.device) -> float:
 
 def seconds_per_image(code: Path, data: Path, work: Path, options: list[str], device: torch.device) -> float:
     """Seconds of a training image, from the difference between two runs of a few steps."""
-    few, many = (3, 13) if device.type == "cpu" else (20, 120)
+    few, many = (3, 23) if device.type == "cpu" else (20, 120)
     seconds = {}
     for step in (few, many):
         pilot = work / f"pilot_{step}"
