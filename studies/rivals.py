@@ -12,8 +12,8 @@ setting that won, and everything is evaluated.
 
 DINO, iBOT and MAE's masks are the solutions of docs/exercises, in a copy of the code.  A second patch,
 studies/prototypes.patch, gives DINO and iBOT BatchNorm in the heads and prototypes that do not move: both
-need it at this scale.  From the time of a few steps of each setting follows the number of its epochs, a
-whole one.  On a CPU that is CPU time with one thread: run nothing else on the machine.
+need it at this scale.  Before all else a few steps of each setting are timed, on a CPU with one thread
+(OUT/speeds.jsonl), and from that follows the number of its epochs, a whole one.
 
 Each run is a line of OUT/tries.jsonl or OUT/final.jsonl; what is there is left out."""
 import argparse
@@ -57,6 +57,8 @@ DINO = f"--w_rec 0 --w_pat 0 --temp .1 {CLEAN}"
 IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
+ROUNDS = 3                                     # of timing
+SAME_COST = ("--lr", "--temp", "--momentum_teacher")                   # options that take no time
 UNTRAINED = "untrained"                        # a row of the finals: the network before any training
 
 METHODS = {  # method: its tries, each the patches and the options
@@ -152,7 +154,7 @@ def clock(device: torch.device) -> float:
 
 def seconds_per_image(code: Path, data: Path, work: Path, options: list[str], device: torch.device) -> float:
     """Seconds of a training image, from the difference between two runs of a few steps."""
-    few, many = (3, 23) if device.type == "cpu" else (20, 120)
+    few, many = (3, 13) if device.type == "cpu" else (20, 120)
     seconds = {}
     for step in (few, many):
         pilot = work / f"pilot_{step}"
@@ -163,16 +165,51 @@ def seconds_per_image(code: Path, data: Path, work: Path, options: list[str], de
     return (seconds[many] - seconds[few]) / ((many - few) * batch)
 
 
+def cost_of(patches: list[str], options: str) -> str:
+    """What a step costs: settings that differ in nothing else share a measurement."""
+    kept = list(patches)
+    words = iter(options.split())
+    for word in words:
+        if word in SAME_COST:
+            next(words)                                                # its value
+        else:
+            kept.append(word)
+    return " ".join(kept)
+
+
+def measure_speeds(args) -> None:
+    """Write OUT/speeds.jsonl, the seconds of a training image by `cost_of`: the fastest of some rounds
+    through all settings, so that what else the machine does slows no method more than another."""
+    device = distributed.pick_device(args.device)
+    work = Path(args.work).resolve()
+    images = part_of(Path(args.data), work, args.per_class) / "train"
+    settings = {cost_of(*setting): setting for tries in METHODS.values() for setting in tries}
+    fastest = {}
+    for _ in range(ROUNDS):
+        for cost, (patches, options) in settings.items():
+            code = copy_of_code(work / "_".join(["code", *patches]), *patches)
+            words = words_of(options, device)
+            seconds = seconds_per_image(code, images, work, words, device)
+            print(f"{1 / seconds:.1f} images/s: {cost}", flush=True)
+            fastest[cost] = min(seconds, fastest.get(cost, seconds))
+    for cost, seconds in fastest.items():
+        run.append_json(Path(args.out) / "speeds.jsonl", {"cost": cost, "seconds_per_image": seconds})
+
+
+def words_of(options: str, device: torch.device) -> list[str]:
+    """All options of a run that the methods and their tries share, and its own."""
+    return [*NETWORK.split(), *(CPU if device.type == "cpu" else CUDA).split(), *options.split()]
+
+
 def train(patches: list[str], options: str, data: Path, folder: Path, seed: int, args) -> dict:
     """Pretrain for --seconds; the first half of a line of results, with shares in percent."""
     device = distributed.pick_device(args.device)
-    work = Path(args.work).resolve()
-    code = copy_of_code(work / "_".join(["code", *patches]), *patches)
-    here = CPU if device.type == "cpu" else CUDA
-    words = [*NETWORK.split(), *here.split(), *options.split(), "--seed", str(seed)]
+    code = copy_of_code(Path(args.work).resolve() / "_".join(["code", *patches]), *patches)
+    words = [*words_of(options, device), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data
     n_images = sum(1 for _ in images.glob("*/*"))
-    of_image = seconds_per_image(code, images, work, words, device)
+    speeds = {row["cost"]: row for row in run.read_lines(Path(args.out) / "speeds.jsonl")}
+    of_image = speeds[cost_of(patches, options)]["seconds_per_image"]
     epochs = max(round(args.seconds / of_image / n_images), 2)
     shutil.rmtree(folder, ignore_errors=True)
     began = clock(device)
@@ -310,6 +347,8 @@ def main(args: argparse.Namespace) -> None:
     file = out / ("final.jsonl" if args.final else "tries.jsonl")
     key = "seed" if args.final else "try"
     done = {(row["method"], row[key]) for row in run.read_lines(file)}
+    if not (out / "speeds.jsonl").exists():
+        measure_speeds(args)
     names = [name for name in args.methods if args.final or name != UNTRAINED]
     tries = max(len(METHODS[name]) for name in METHODS)
     for i in args.seeds if args.final else range(tries):

@@ -88,6 +88,9 @@ def test_options_of_every_try_parse_and_its_epochs_follow_from_the_time(images, 
     for options in seen:
         core.get_args(options)
 
+    costs = [row["cost"] for row in run.read_lines(out / "speeds.jsonl")]
+    assert len(costs) == len(set(costs)) and all("--lr" not in cost for cost in costs)
+
     rivals.main(rivals.get_args(command))      # nothing is run twice
     assert len(run.read_lines(out / "tries.jsonl")) == len(rows)
 
@@ -122,6 +125,7 @@ def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, mon
         return {"best": 21.0 if "--contiguous" in options else 20.0, "auto": 19.0, "overlap": 0.8}
 
     monkeypatch.setattr(rivals, "train", train)
+    monkeypatch.setattr(rivals, "measure_speeds", lambda args: None)
     monkeypatch.setattr(rivals, "measure", measure)
     work = tmp_path / "work"
     command = ["--data", "imagenette/train", "--out", str(tmp_path), "--work", str(work), "--device", "cpu",
@@ -162,3 +166,18 @@ def test_tables_by_hand():
     assert first.startswith("| DINO | `dino_ibot.patch --w_rec 0 ")
     assert first.endswith(" | 100 | 9 | 30.0 | 31.0 | 25.0 | 0.600 | 28.0 |")
     assert "`dino_ibot.patch prototypes.patch " in second and second.endswith(" | **29.0** |")
+
+
+def test_settings_that_cost_the_same_are_timed_once_at_their_fastest(images, tmp_path, monkeypatch):
+    settings = {"a": [([], "--batch_size 64 --lr 1 --temp .1"), ([], "--lr 2 --batch_size 64")],
+                "b": [(["mae"], "--batch_size 64")]}
+    assert rivals.cost_of(*settings["a"][0]) == rivals.cost_of(*settings["a"][1]) == "--batch_size 64"
+    seconds = iter([3.0, 5.0, 2.0, 6.0, 4.0, 7.0])                     # a, b, a, b, a, b
+    monkeypatch.setattr(rivals, "METHODS", settings)
+    monkeypatch.setattr(rivals, "seconds_per_image", lambda *_: next(seconds))
+    args = rivals.get_args(["--data", str(images), "--voc", "VOC", "--out", str(tmp_path), "--device", "cpu",
+                            "--work", str(tmp_path / "work"), "--per_class", "2", "--methods", "untrained"])
+    rivals.measure_speeds(args)
+    assert run.read_lines(tmp_path / "speeds.jsonl") == [
+        {"cost": "--batch_size 64", "seconds_per_image": 2.0},
+        {"cost": "mae --batch_size 64", "seconds_per_image": 5.0}]
