@@ -19,6 +19,7 @@ Each run is a line of OUT/tries.jsonl or OUT/final.jsonl; what is there is left 
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -57,8 +58,9 @@ DINO = f"--w_rec 0 --w_pat 0 --temp .1 {CLEAN}"
 IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
-ROUNDS = 2                                     # of timing
-SAME_COST = ("--lr", "--temp", "--momentum_teacher")                   # options that take no time
+ROUNDS = 4                                     # of timing
+SAME_COST = re.compile(                        # options that do not change the time of a step
+    r"--(lr|temp|momentum_teacher|batch_size) \S+|--w_\w+ (?!0( |$))\S+")
 UNTRAINED = "untrained"                        # a row of the finals: the network before any training
 
 METHODS = {  # method: its tries, each the patches and the options
@@ -167,14 +169,8 @@ def seconds_per_image(code: Path, data: Path, work: Path, options: list[str], de
 
 def cost_of(patches: list[str], options: str) -> str:
     """What a step costs: settings that differ in nothing else share a measurement."""
-    kept = list(patches)
-    words = iter(options.split())
-    for word in words:
-        if word in SAME_COST:
-            next(words)                                                # its value
-        else:
-            kept.append(word)
-    return " ".join(kept)
+    costly = SAME_COST.sub("", " ".join([*patches, options]))
+    return " ".join(costly.split()) or "the defaults"
 
 
 def measure_speeds(args) -> None:

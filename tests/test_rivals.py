@@ -169,15 +169,15 @@ def test_tables_by_hand():
 
 
 def test_settings_that_cost_the_same_are_timed_once_at_their_fastest(images, tmp_path, monkeypatch):
-    settings = {"a": [([], "--batch_size 64 --lr 1 --temp .1"), ([], "--lr 2 --batch_size 64")],
-                "b": [(["mae"], "--batch_size 64")]}
-    assert rivals.cost_of(*settings["a"][0]) == rivals.cost_of(*settings["a"][1]) == "--batch_size 64"
-    seconds = iter([3.0, 5.0, 2.0, 6.0])                               # a, b, a, b
+    settings = {"a": [([], "--noise_p 1 --lr 1 --temp .1 --w_rec .3"), ([], "--lr 2 --noise_p 1")],
+                "b": [(["mae"], "--drop_perc .1 .5 --w_rec 0")]}
+    assert rivals.cost_of(*settings["a"][0]) == rivals.cost_of(*settings["a"][1]) == "--noise_p 1"
+    seconds = iter([3.0, 5.0, 2.0, 6.0, 4.0, 7.0, 9.0, 9.0])           # a, b, a, b, ...
     monkeypatch.setattr(rivals, "METHODS", settings)
     monkeypatch.setattr(rivals, "seconds_per_image", lambda *_: next(seconds))
     args = rivals.get_args(["--data", str(images), "--voc", "VOC", "--out", str(tmp_path), "--device", "cpu",
                             "--work", str(tmp_path / "work"), "--per_class", "2", "--methods", "untrained"])
     rivals.measure_speeds(args)
     assert run.read_lines(tmp_path / "speeds.jsonl") == [
-        {"cost": "--batch_size 64", "seconds_per_image": 2.0},
-        {"cost": "mae --batch_size 64", "seconds_per_image": 5.0}]
+        {"cost": "--noise_p 1", "seconds_per_image": 2.0},
+        {"cost": "mae --drop_perc .1 .5 --w_rec 0", "seconds_per_image": 5.0}]
