@@ -4,6 +4,7 @@
     vit, report = load_backbone("random:vit_b/16")                    # the untrained row of a table
     python checkpoint.py FILE                                         # prints the report
     python checkpoint.py FILE --to out.safetensors                    # or out.pth, out.pt2, out.onnx
+    python checkpoint.py FILE --to out.pth --blocks 4                 # its first four blocks alone
 
 formats.py knows how the files of other methods look."""
 import argparse

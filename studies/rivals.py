@@ -23,7 +23,6 @@ import re
 import resource
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -41,7 +40,7 @@ import run
 import zeroshot
 from data import evenly
 from model import vit
-from report import markdown, spread
+from report import Column, column_of, markdown
 from studies.ablation import FINETUNE, copy_of_code, measure
 
 NETWORK = ("--arch vit_micro --patch_size 8 --global_crops_size 48 --local_crops_number 0 --blur .5 .1 .5 "
@@ -59,7 +58,7 @@ IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
 ROUNDS = 4                                     # of timing
-SAME_COST = re.compile(                        # options that do not change the time of a step
+SAME_COST = re.compile(                        # options that hardly change the time of an image
     r"--(lr|temp|momentum_teacher|batch_size) \S+|--w_\w+ (?!0( |$))\S+")
 UNTRAINED = "untrained"                        # a row of the finals: the network before any training
 
@@ -95,25 +94,25 @@ METHODS = {  # method: its tries, each the patches and the options
         (HEADS, f"{IBOT} {SMALL} --drop_perc .1 .5"),
     ],
 }
-MEASURES = [  # title, key in final.jsonl, which is best, digits, {method: the paper's number}
-    ("seconds of training", "train_seconds", None, 0, {}),
-    ("images seen", "images", None, 0, {}),
-    ("Table 11: k-NN PAT, imagenette", "knn_pat_imagenette", max, 1, {"MMC": "77.0"}),
-    ("k-NN CLS, imagenette", "knn_cls_imagenette", max, 1, {"MMC": "77.5"}),
-    ("k-NN PAT, imagewoof", "knn_pat_imagewoof", max, 1, {}),
-    ("k-NN CLS, imagewoof", "knn_cls_imagewoof", max, 1, {}),
-    ("Table 1: click on COCO, best t", "coco", max, 1,
+MEASURES = [  # of the finals, by their key in final.jsonl, and {method: the paper's number}
+    (Column("seconds of training", "train_seconds", None, 0), {}),
+    (Column("images seen", "images", None, 0), {}),
+    (Column("Table 11: k-NN PAT, imagenette", "knn_pat_imagenette"), {"MMC": "77.0"}),
+    (Column("k-NN CLS, imagenette", "knn_cls_imagenette"), {"MMC": "77.5"}),
+    (Column("k-NN PAT, imagewoof", "knn_pat_imagewoof"), {}),
+    (Column("k-NN CLS, imagewoof", "knn_cls_imagewoof"), {}),
+    (Column("Table 1: click on COCO, best t", "coco"),
      {"MMC": "38.4", "MAE's task": "30.1", "DINO": "35.1", "iBOT": "36.2"}),
-    ("the same, automatic t", "coco_auto", max, 1, {}),
-    ("the same, the better mask", "coco_better", max, 1, {}),
-    ("Table 5: overlap O on COCO", "coco_overlap", min, 3,
+    (Column("the same, automatic t", "coco_auto"), {}),
+    (Column("the same, the better mask", "coco_better"), {}),
+    (Column("Table 5: overlap O on COCO", "coco_overlap", min, 3),
      {"MMC": ".55", "MAE's task": ".76", "DINO": ".66", "iBOT": ".56"}),
-    ("click on VOC, best t", "voc", max, 1, {}),
-    ("the same, automatic t", "voc_auto", max, 1, {}),
-    ("the same, the better mask", "voc_better", max, 1, {}),
-    ("overlap O on VOC", "voc_overlap", min, 3, {}),
-    ("Table 2: DAVIS, J&F", "davis", max, 1, {"MMC": "60.3", "DINO": "57.7", "iBOT": "59.7"}),
-    ("fine-tuned on imagewoof", "finetune", max, 1, {}),
+    (Column("click on VOC, best t", "voc"), {}),
+    (Column("the same, automatic t", "voc_auto"), {}),
+    (Column("the same, the better mask", "voc_better"), {}),
+    (Column("overlap O on VOC", "voc_overlap", min, 3), {}),
+    (Column("Table 2: DAVIS, J&F", "davis"), {"MMC": "60.3", "DINO": "57.7", "iBOT": "59.7"}),
+    (Column("fine-tuned on imagewoof", "finetune"), {}),
 ]
 
 
@@ -173,24 +172,32 @@ def cost_of(patches: list[str], options: str) -> str:
     return " ".join(costly.split()) or "the defaults"
 
 
+def code_with(patches: list[str], args) -> Path:
+    return copy_of_code(Path(args.work).resolve() / "_".join(["code", *patches]), *patches)
+
+
 def measure_speeds(args) -> None:
-    """Write OUT/speeds.jsonl, the seconds of a training image by `cost_of`: the fastest of some rounds
-    through all settings, so that what else the machine does slows no method more than another."""
+    """Add what is missing to OUT/speeds.jsonl, the seconds of a training image by `cost_of`: the fastest of
+    some rounds through all settings, so that what else the machine does slows no method more than another."""
+    file = Path(args.out) / "speeds.jsonl"
+    settings = {cost_of(*setting): setting for tries in METHODS.values() for setting in tries}
+    for row in run.read_lines(file):
+        settings.pop(row["cost"], None)
+    if not settings:
+        return
     device = distributed.pick_device(args.device)
     work = Path(args.work).resolve()
     images = part_of(Path(args.data), work / "timing", args.per_class) / "train"
     shutil.rmtree(images.with_name("val"))     # or k-NN on them would take most of the time
-    settings = {cost_of(*setting): setting for tries in METHODS.values() for setting in tries}
     fastest = {}
     for _ in range(ROUNDS):
         for cost, (patches, options) in settings.items():
-            code = copy_of_code(work / "_".join(["code", *patches]), *patches)
             words = words_of(options, device)
-            seconds = seconds_per_image(code, images, work, words, device)
+            seconds = seconds_per_image(code_with(patches, args), images, work, words, device)
             print(f"{1 / seconds:.1f} images/s: {cost}", flush=True)
             fastest[cost] = min(seconds, fastest.get(cost, seconds))
     for cost, seconds in fastest.items():
-        run.append_json(Path(args.out) / "speeds.jsonl", {"cost": cost, "seconds_per_image": seconds})
+        run.append_json(file, {"cost": cost, "seconds_per_image": seconds})
 
 
 def words_of(options: str, device: torch.device) -> list[str]:
@@ -201,7 +208,7 @@ def words_of(options: str, device: torch.device) -> list[str]:
 def train(patches: list[str], options: str, data: Path, folder: Path, seed: int, args) -> dict:
     """Pretrain for --seconds; the first half of a line of results, with shares in percent."""
     device = distributed.pick_device(args.device)
-    code = copy_of_code(Path(args.work).resolve() / "_".join(["code", *patches]), *patches)
+    code = code_with(patches, args)
     words = [*words_of(options, device), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data
     n_images = sum(1 for _ in images.glob("*/*"))
@@ -314,25 +321,18 @@ def tries_table(rows: list[dict]) -> str:
 
 def final_table(rows: list[dict]) -> str:
     """Markdown: a line for each measure, the best of ours in bold, the paper's numbers below in italics."""
-    groups = {name: [row for row in rows if row["method"] == name] for name in [UNTRAINED, *METHODS]}
-    groups = {name: mine for name, mine in groups.items() if mine}
+    groups = {}
+    for name in [UNTRAINED, *METHODS]:
+        mine = [{"metrics": row} for row in rows if row["method"] == name]
+        if mine:
+            groups[name] = mine
     lines = []
-    for title, key, best, digits, paper in MEASURES:
-        texts = []
-        means = []
-        for mine in groups.values():
-            values = [row[key] for row in mine if key in row]
-            texts.append(spread(values, digits))
-            means.append(round(statistics.mean(values), digits) if values else None)
-        known = [mean for mean in means if mean is not None]
-        if not known:
-            continue
-        for i, mean in enumerate(means):
-            if best and mean == best(known):
-                texts[i] = f"**{texts[i]}**"
-        lines.append([title, *texts])
-        if paper:
-            lines.append(["*paper*", *(f"*{paper[name]}*" if name in paper else "" for name in groups)])
+    for column, paper in MEASURES:
+        texts = column_of(column, list(groups.values()))
+        if any(texts):
+            lines.append([column.head, *texts])
+            if paper:
+                lines.append(["*paper*", *(f"*{paper[name]}*" if name in paper else "" for name in groups)])
     return markdown(["", *groups], lines)
 
 
@@ -344,8 +344,7 @@ def main(args: argparse.Namespace) -> None:
     file = out / ("final.jsonl" if args.final else "tries.jsonl")
     key = "seed" if args.final else "try"
     done = {(row["method"], row[key]) for row in run.read_lines(file)}
-    if not (out / "speeds.jsonl").exists():
-        measure_speeds(args)
+    measure_speeds(args)
     names = [name for name in args.methods if args.final or name != UNTRAINED]
     tries = max(len(METHODS[name]) for name in METHODS)
     for i in args.seeds if args.final else range(tries):

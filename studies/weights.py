@@ -35,18 +35,17 @@ def class_folders(root: Path, split: str) -> Iterator[tuple[str, Path]]:
             yield file.parent.name, file
 
 
-def images_of(args, train: bool) -> Iterator[tuple[str, Path]]:
-    """(folder, file) of the train images of all sets, or of their validation images."""
-    split = "train" if train else "val"
-    yield from class_folders(Path(args.imagenette), split)
+def images_of(args, split: str) -> dict[str, list[tuple[str, Path]]]:
+    """{set: (folder, file) of its images}, of the sets that are given.  split: train or val."""
+    found = {"imagenette": list(class_folders(Path(args.imagenette), split))}
     if args.imagewoof:
-        yield from class_folders(Path(args.imagewoof), split)
+        found["imagewoof"] = list(class_folders(Path(args.imagewoof), split))
     if args.voc:
-        for image, _ in read_voc_list(find_voc(args.voc), split):
-            yield "voc", image
+        found["voc"] = [("voc", image) for image, _ in read_voc_list(find_voc(args.voc), split)]
     if args.coco:
-        for file in sorted((Path(args.coco) / f"{split}2017").glob("*.jpg")):
-            yield "coco", file
+        files = sorted((Path(args.coco) / f"{split}2017").glob("*.jpg"))
+        found["coco"] = [("coco", file) for file in files]
+    return found
 
 
 def digest(file: Path) -> bytes:
@@ -56,23 +55,22 @@ def digest(file: Path) -> bytes:
 def gather(args, folder: Path) -> int:
     """Fill FOLDER/train and FOLDER/val with links; the number of train images.  Raises Mistake where a set
     has none, and for a train image that is a validation image, too."""
-    held_out = {digest(file): file for _, file in images_of(args, train=False)}
-    n = {}
-    for name, file in images_of(args, train=True):
-        twin = held_out.get(digest(file))
-        if twin:
-            raise run.Mistake(f"{file} is the validation image {twin}: leave it out of the train images")
-        link(file, folder / "train" / name)
-        n[name] = n.get(name, 0) + 1
-    for name, file in class_folders(Path(args.imagenette), "val"):
-        link(file, folder / "val" / name)
-    for name, there in (("voc", args.voc), ("coco", args.coco)):
-        if there and name not in n:
-            raise run.Mistake(f"--{name} {there}: no train images found")
-    if not n:
-        raise run.Mistake(f"--imagenette {args.imagenette}: no images in train/CLASS/")
-    print(f"{sum(n.values())} train images: " + ", ".join(f"{name} {count}" for name, count in n.items()))
-    return sum(n.values())
+    val = images_of(args, "val")
+    held_out = {digest(file): file for images in val.values() for _, file in images}
+    n = 0
+    for name, images in images_of(args, "train").items():
+        if not images:
+            raise run.Mistake(f"--{name} {getattr(args, name)}: no train images found")
+        for label, file in images:
+            twin = held_out.get(digest(file))
+            if twin:
+                raise run.Mistake(f"{file} is the validation image {twin}: leave it out of the train images")
+            link(file, folder / "train" / label)
+        print(f"{name}: {len(images)} train images")
+        n += len(images)
+    for label, file in val["imagenette"]:
+        link(file, folder / "val" / label)
+    return n
 
 
 def link(file: Path, folder: Path) -> None:

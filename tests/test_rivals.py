@@ -136,7 +136,7 @@ def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, mon
     rows = run.read_lines(tmp_path / "final.jsonl")
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("DINO", 0), ("untrained", 0), ("DINO", 1), ("untrained", 1)]
-    keys = {key for _, key, *_ in rivals.MEASURES if "imagewoof" not in key}
+    keys = {measure.key for measure, _ in rivals.MEASURES if "imagewoof" not in measure.key}
     assert keys <= rows[0].keys() and rows[0]["voc"] == 20.0 and rows[0]["voc_better"] == 21.0
 
     first, other = (checkpoint.load_backbone(work / f"untrained_final_{seed}" / "backbone.pth")[0]
@@ -181,3 +181,9 @@ def test_settings_that_cost_the_same_are_timed_once_at_their_fastest(images, tmp
     assert run.read_lines(tmp_path / "speeds.jsonl") == [
         {"cost": "--noise_p 1", "seconds_per_image": 2.0},
         {"cost": "mae --drop_perc .1 .5 --w_rec 0", "seconds_per_image": 5.0}]
+
+    monkeypatch.setitem(settings, "c", [([], "--drop_perc .1 .5")])    # only what is new is timed
+    seconds = iter([8.0, 7.0, 8.0, 8.0])
+    rivals.measure_speeds(args)
+    assert run.read_lines(tmp_path / "speeds.jsonl")[2:] == [
+        {"cost": "--drop_perc .1 .5", "seconds_per_image": 7.0}]

@@ -1,5 +1,6 @@
 """Proves: the recipe of mmc.pth trains on train images only, of every set, and keeps the blocks it says."""
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,9 @@ def test_a_validation_image_among_those_of_training_is_refused(sets, name):
 def test_a_set_without_train_images_is_named(sets):
     (sets / "coco/train2017/train_b.jpg").unlink()
     with pytest.raises(Mistake, match="--coco .*no train images"):
+        weights.gather(command(sets), sets / "images")
+    shutil.rmtree(sets / "imagewoof/train")
+    with pytest.raises(Mistake, match="--imagewoof .*no train images"):
         weights.gather(command(sets), sets / "images")
 
 
