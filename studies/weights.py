@@ -3,10 +3,11 @@
     python -m studies.weights --imagenette imagenette --imagewoof imagewoof --voc VOCdevkit --coco coco \\
         --out out/weights
 
-It links the train images of every set into OUT/images/train, and the validation images of imagenette into
-OUT/images/val, which pretrain.py uses for k-NN only.  An image whose file is, to the byte, a validation image
-of any of the sets is refused.  Then it runs pretrain.py with RECIPE (what follows `--` comes on top), and
-writes OUT/mmc.pth, the first BLOCKS blocks in float16.  `probes.py layers` tells how good each block is.
+It links the train images of every set into OUT/images/train (a smaller copy of what is larger than SHORT),
+and the validation images of imagenette into OUT/images/val, which pretrain.py uses for k-NN only.  An image
+whose file is, to the byte, a validation image of any of the sets is refused.  Then it runs pretrain.py with
+RECIPE (what follows `--` comes on top), and writes OUT/mmc.pth, the first BLOCKS blocks in float16.
+`probes.py layers` tells how good each block is.
 
 The same command goes on with a run that was cut off."""
 import argparse
@@ -15,10 +16,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 import checkpoint
 import pretrain
 import run
-from images import EXTENSIONS
+from images import EXTENSIONS, read_image, resize_short
 from scenes import find_voc, read_voc_list
 from studies.ablation import call
 
@@ -26,6 +29,7 @@ RECIPE = ("--arch vit_mini --patch_size 8 --global_crops_size 48 --local_crops_n
           "--blur_sigma .1 1 --head_hidden_dim 512 --head_out_dim 128 --drop_path 0 --batch_size 128 "
           "--lr 3e-3 --momentum_teacher .9 --epochs 80 --warmup_epochs 1 --knn_every 10 --precision bf16")
 BLOCKS = 4
+SHORT = 224                                    # pixels: the short side of an image, at most
 
 
 def class_folders(root: Path, split: str) -> Iterator[tuple[str, Path]]:
@@ -65,19 +69,28 @@ def gather(args, folder: Path) -> int:
             twin = held_out.get(digest(file))
             if twin:
                 raise run.Mistake(f"{file} is the validation image {twin}: leave it out of the train images")
-            link(file, folder / "train" / label)
+            place(file, folder / "train" / label)
         print(f"{name}: {len(images)} train images")
         n += len(images)
     for label, file in val["imagenette"]:
-        link(file, folder / "val" / label)
+        place(file, folder / "val" / label)
     return n
 
 
-def link(file: Path, folder: Path) -> None:
+def place(file: Path, folder: Path) -> None:
+    """Link the image into the folder, or write a copy there whose short side is SHORT, if its own is longer:
+    crops are small, and a small image is read sooner."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / file.name
-    if not target.is_symlink():
+    if target.is_symlink() or target.exists():
+        return
+    with Image.open(file) as image:
+        short = min(image.size)
+    if short <= SHORT:
         target.symlink_to(file.resolve())
+    else:
+        pixels = resize_short(read_image(file), SHORT)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(target, quality=90)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -72,6 +72,13 @@ def test_a_validation_image_among_those_of_training_is_refused(sets, name):
         weights.gather(command(sets), sets / "images")
 
 
+def test_a_large_photograph_is_gathered_as_a_smaller_copy(sets, monkeypatch):
+    monkeypatch.setattr(weights, "SHORT", 30)
+    weights.gather(command(sets), sets / "images")
+    copy = sets / "images/train/coco/train_b.jpg"
+    assert not copy.is_symlink() and Image.open(copy).size == (30, 30)
+
+
 def test_a_set_without_train_images_is_named(sets):
     (sets / "coco/train2017/train_b.jpg").unlink()
     with pytest.raises(Mistake, match="--coco .*no train images"):
