@@ -287,7 +287,7 @@ def evaluate(folder: Path, seed: int, args) -> dict:
             row[f"{where}_overlap"] = found["overlap"]
             row[f"{where}_better"] = better["best"]
     for data in args.knn:
-        found = measure(probes, folder, "knn", "--data", data, "--size", 48, "--k", 10)
+        found = measure(probes, folder, "knn", "--data", data, "--size", 48, "--nb_knn", 10)
         row[f"knn_cls_{Path(data).name}"] = found["cls"]["10"]
         row[f"knn_pat_{Path(data).name}"] = found["pat"]["10"]
     if args.davis:
