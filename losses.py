@@ -114,7 +114,8 @@ class PatchInfoNCE(torch.autograd.Function):
 
             logits = logits_buffer[:len(query)]                        # (r, B*n)
             torch.mm(query / tau, pool.T, out=logits)
-            logits.view(-1, B, n)[r, own] = -torch.inf
+            of_own_image = own[:, None, None].expand(-1, 1, n)         # scatter_: to assign a number by [...]
+            logits.view(-1, B, n).scatter_(1, of_own_image, -torch.inf)            # makes a GPU wait
             logits[r, seat] = (query * positive).sum(-1) / tau
             p = p_buffer[:len(query)]                                  # (r, B*n) = exp(logits) / Z
             torch.softmax(logits, -1, out=p)
@@ -125,7 +126,7 @@ class PatchInfoNCE(torch.autograd.Function):
             total += loss.sum()
 
             pull = p[r, seat] - 1                                      # (r,) towards the positive
-            p[r, seat] = 0
+            p.scatter_(1, seat[:, None], 0.0)
             gradient = p @ pool + pull[:, None] * positive             # (r, C)
             dq[rows] = gradient / (tau * A)
         ctx.save_for_backward(dq)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from plain_forms import plain_global_contrast, plain_patch_contrast
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import global_contrast, mean_cosines, patch_contrast, reconstruction, rows_at_a_time
@@ -109,6 +110,32 @@ def test_patch_contrast_far_from_its_positive():
     assert loss.item() == pytest.approx(87.5 / 2, rel=1e-5)            # the second anchor's loss is 0
     loss.backward()
     assert q.grad[0, 1].item() == pytest.approx(-(1 - 0.125 ** 2) ** 0.5 / 0.01 / 2, rel=1e-4)
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("negatives", ["others", "position", 2])
+def test_no_number_becomes_a_tensor_on_the_way(negatives):
+    """x[i] = 0 makes one on the CPU, and a GPU waits for it: tests/test_cuda.py sees that on a GPU only."""
+    q = torch.randn(12, 8, requires_grad=True)
+    k = torch.randn(3, 4, 8)
+    with Calls() as calls:
+        patch_contrast(q, k, 0.2, torch.arange(12), negatives).backward()
+        global_contrast(q.view(4, 3, 8), torch.randn(2, 3, 8), 0.2).backward()
+    assert "lift_fresh" not in calls.names
+    with Calls() as calls:
+        k[torch.arange(2), torch.arange(2)] = 0
+    assert "lift_fresh" in calls.names
 
 
 def test_rows_at_a_time():

@@ -115,7 +115,7 @@ def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, mon
         return {"images": 900, "train_seconds": 8}
 
     def measure(script, folder, *options):
-        """What only depends on the script and on whether the better mask is asked for, if it knows all options."""
+        """What depends on the script and on the better mask only; the script must know all options."""
         script.get_args([*map(str, options), "--ckpt", "backbone.pth"])
         if script is rivals.finetune:
             return {"top1": 50.0}
