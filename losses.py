@@ -114,8 +114,9 @@ class PatchInfoNCE(torch.autograd.Function):
 
             logits = logits_buffer[:len(query)]                        # (r, B*n)
             torch.mm(query / tau, pool.T, out=logits)
-            of_own_image = own[:, None, None].expand(-1, 1, n)         # scatter_: to assign a number by [...]
-            logits.view(-1, B, n).scatter_(1, of_own_image, -torch.inf)            # makes a GPU wait
+            of_own_image = own[:, None, None].expand(-1, 1, n)
+            # scatter_, because a number that is assigned by index makes a GPU wait
+            logits.view(-1, B, n).scatter_(1, of_own_image, -torch.inf)
             logits[r, seat] = (query * positive).sum(-1) / tau
             p = p_buffer[:len(query)]                                  # (r, B*n) = exp(logits) / Z
             torch.softmax(logits, -1, out=p)
