@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs/RESULTS.md"
 MARK = " †"
+KNN = ("knn_cls", "knn_pat")
+CLICKS = ("coco", "coco_auto", "voc", "voc_auto")
 NAMES = {
     "mmc.pth": "mmc.pth",
     "random:vit_mini/8": "random ViT-mini/8",
@@ -91,10 +93,10 @@ def number(line: dict, key: str, digits: int = 1) -> str:
 
 
 # ------------------------------------------------- the first screen
-def knn_pair(study: list[dict], variant: str) -> str:
-    """'k-NN CLS / PAT' of a variant, each with its standard deviation over several seeds."""
+def cells_of(study: list[dict], variant: str, keys: tuple[str, ...] = KNN) -> str:
+    """'k-NN CLS / PAT' of a variant, or its other measures, each with its deviation over several seeds."""
     rows = [row for row in study if row["variant"] == variant]
-    return f"{ablation.cell(rows, 'knn_cls')} / {ablation.cell(rows, 'knn_pat')}"
+    return " / ".join(ablation.cell(rows, key) for key in keys)
 
 
 def gap(study: list[dict], variant: str) -> str:
@@ -108,8 +110,8 @@ def untrained(study: list[dict]) -> str:
     return f"{ablation.cell(seeds, 'knn_cls_untrained')} / {ablation.cell(seeds, 'knn_pat_untrained')}"
 
 
-def several(study: list[dict], *variants: str) -> str:
-    return "; ".join(f"{variant}: {knn_pair(study, variant)}" for variant in variants)
+def several(study: list[dict], *variants: str, keys: tuple[str, ...] = KNN) -> str:
+    return "; ".join(f"{variant}: {cells_of(study, variant, keys)}" for variant in variants)
 
 
 def claims() -> str:
@@ -121,22 +123,15 @@ def claims() -> str:
     def theirs(*variants: str) -> str:
         return "; ".join(f"{variant}: {paper[variant].rsplit(' / ', 1)[0]}" for variant in variants)
 
-    def clicks(*variants: str) -> str:
-        parts = []
-        for variant in variants:
-            rows = [row for row in longer if row["variant"] == variant]
-            cells = [ablation.cell(rows, key) for key in ("coco", "coco_auto", "voc", "voc_auto")]
-            parts.append(f"{variant}: {' / '.join(cells)}")
-        return "; ".join(parts)
-
     def gaps(study: list[dict]) -> str:
         return ", ".join(f"{variant} {gap(study, variant)}" for variant in ("010", "011", "110", "111"))
 
+    clicks = several(longer, "111", "011", "010", keys=CLICKS)
     rows = [
         ["(a) all three losses together are best", theirs("111", "011"),
          several(longer, "111", "011", "010"), several(toy, "111", "011", "010"),
          "imagenette: yes, rec adds to PAT and to the click, not to CLS. COCO best t / auto / VOC best t / "
-         f"auto: {clicks('111', '011', '010')}. **Not** after 5 epochs, nor for PAT on the toy world"],
+         f"auto: {clicks}. **Not** after 5 epochs, nor for PAT on the toy world"],
         ["(b) without cls, CLS falls by tens of points", theirs("101", "001"),
          several(longer, "101", "001"), several(toy, "101", "001"),
          "toy: yes, to chance. imagenette: by eight points, **not** by tens"],
@@ -363,8 +358,8 @@ three seeds. Digits: rec, cls, pat, 1 = on.
 ## What the weights in the box do
 
 mmc.pth: 4 blocks, 1.3 million parameters, 66 epochs on imagenette without labels. All networks at 30 x 30
-tokens where patches are compared, at 112 px elsewhere. *Paper*, on whole sets: ViT-B for mIoU on COCO, ViT-S
-for k-NN and DAVIS; for O it names no architecture.
+tokens where patches are compared, at 112 px elsewhere. random ViT-mini/8 has all 6 blocks. *Paper*, on whole
+sets: ViT-B for mIoU on COCO, ViT-S for k-NN and DAVIS; for O it names no architecture.
 
 {headlines(lines)}""", f"""Better masks from the same click, with 1, 3 and 5 clicks: [MASKS.md](MASKS.md).
 There, interpolating the similarity to pixels is what sharpens edges; half a patch as stride gains at most

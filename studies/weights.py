@@ -59,7 +59,7 @@ def digest(file: Path) -> bytes:
 
 
 def gather(args, folder: Path) -> int:
-    """Fill FOLDER/train and FOLDER/val with links; the number of train images.  Raises Mistake where a set
+    """Fill FOLDER/train and FOLDER/val by `place`; the number of train images.  Raises Mistake where a set
     has none, and for a train image that is a validation image, too."""
     val = images_of(args, "val")
     held_out = {digest(file): file for images in val.values() for _, file in images}
@@ -92,7 +92,9 @@ def place(file: Path, folder: Path) -> None:
         target.symlink_to(file.resolve())
     else:
         pixels = resize_short(read_image(file), SHORT)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(target, quality=90)
+        part = folder / f".{file.name}"                                # so that a cut leaves no half image
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(part, quality=90)
+        part.replace(target)
 
 
 def main(args: argparse.Namespace) -> None:
