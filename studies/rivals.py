@@ -291,7 +291,8 @@ def evaluate(folder: Path, seed: int, args) -> dict:
         row[f"knn_cls_{Path(data).name}"] = found["cls"]["10"]
         row[f"knn_pat_{Path(data).name}"] = found["pat"]["10"]
     if args.davis:
-        row["davis"] = measure(davis, folder, "--davis", args.davis, "--size", 240)["J&F-Mean"]
+        options = ["--davis", args.davis, "--output_dir", folder / "davis", "--size", 240]
+        row["davis"] = measure(davis, folder, *options)["J&F-Mean"]
     if args.finetune:
         options = ["--data", args.finetune, "--output_dir", folder / "finetune", "--size", 48, "--seed", seed]
         row["finetune"] = measure(finetune, folder, *options, *FINETUNE.split())["top1"]
