@@ -25,6 +25,7 @@ import pretrain
 import run
 import training
 from data import ImageFolder, Views, init_worker
+from report import markdown
 from run import above, at_least
 from studies.bench import Step, clock, matmul_peak
 
@@ -177,6 +178,16 @@ def table(found: dict) -> str:
         crops = f"2 x 224 + {row['local']} x 96"
         lines.append(f"| {row['files']}, {crops} | {row['workers']} | {row['images_per_s']} |")
     return "\n".join(lines) + "\n"
+
+
+def throughput_table(runs: list[dict]) -> str:
+    """Markdown, shorter: for the page of results."""
+    rows = []
+    for one in runs:
+        options = one["options"].replace(" --precision bf16", "").replace("--", "")
+        share = f"{100 * one['share_of_peak']:.0f} %" if "share_of_peak" in one else ""
+        rows.append([options, f"{one['images_per_s']:.0f}", f"{one['mib'] / 1024:.1f} GiB", share])
+    return markdown(["options", "images/s", "memory", "of the peak of a matrix product"], rows)
 
 
 def get_args(argv=None):

@@ -330,6 +330,7 @@ def final_table(rows: list[dict]) -> str:
     lines = []
     for column, paper in MEASURES:
         texts = column_of(column, list(groups.values()))
+        texts = [text.removesuffix(" +- 0") for text in texts]         # a number of images is the same
         if any(texts):
             lines.append([column.head, *texts])
             if paper:

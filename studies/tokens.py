@@ -6,6 +6,7 @@ apart.  A click needs the last; a network that has lost it has collapsed.
 
 The tokens are those after the final norm, as every evaluation sees them.  Appends the shares to --json."""
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ import run
 from distributed import say
 from images import crop_size, normalize, to_device
 from model import ViT
-from report import markdown
+from report import markdown, spread
+
+HEADS = {"common": "common to all, %", "between": "between images", "within": "within an image"}
 
 
 def shares(z: Tensor) -> dict[str, float]:
@@ -47,6 +50,23 @@ def shares_of_blocks(vit: ViT, images, index: list[int], size: int, device) -> d
     return {block: shares(torch.cat(parts)) for block, parts in tokens.items()}
 
 
+def table(lines: list[dict]) -> str:
+    """Markdown: the shares in the last block of the networks of a study, whose folders are VARIANT_SEED, by
+    variant, with the deviation over the seeds."""
+    groups = {}
+    for line in lines:
+        variant = "untrained"
+        if not line["ckpt"].startswith("random:"):
+            variant, _ = Path(line["ckpt"]).parent.name.rsplit("_", 1)
+        *_, last = line["metrics"].values()
+        groups.setdefault(variant, []).append(last)
+    rows = []
+    for variant, found in groups.items():
+        cells = [spread([shares[name] for shares in found], 1) for name in HEADS]
+        rows.append([variant, *cells])
+    return markdown(["rec cls pat", *HEADS.values()], rows)
+
+
 def get_args(argv=None):
     p = run.Parser(description=__doc__)
     run.add_shared(p, "ckpt checkpoint_key num_heads size limit json device", limit=500)
@@ -70,8 +90,7 @@ def main(args) -> None:
             seconds=time.perf_counter() - start, device=device,
         )
         rows = [[str(block), *(f"{share:.1f}" for share in found[block].values())] for block in found]
-        heads = ["block", "common to all, %", "between images", "within an image"]
-        say(f"{checkpoint.short_name(ckpt)}, {size} px\n{markdown(heads, rows)}")
+        say(f"{checkpoint.short_name(ckpt)}, {size} px\n{markdown(['block', *HEADS.values()], rows)}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import checkpoint
 import pretrain
 import run
 from images import EXTENSIONS, read_image, resize_short
+from report import markdown
 from scenes import find_voc, read_voc_list
 from studies import gpu
 from studies.ablation import call
@@ -95,6 +96,22 @@ def place(file: Path, folder: Path) -> None:
         part = folder / f".{file.name}"                                # so that a cut leaves no half image
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(part, quality=90)
         part.replace(target)
+
+
+def clicks_table(runs: list[dict], lines: list[dict]) -> str:
+    """Markdown: one click on train images, with the first blocks of each run: best t (which) / auto."""
+    about = {one["name"]: one for one in runs}
+    rows = {}
+    for line in lines:                         # first those of VOC, then those of COCO
+        file = Path(line["ckpt"]).stem
+        name, blocks = file.rsplit("_blocks", 1)
+        one = about[name]
+        knn = f"{one['knn_cls']:.1f} / {one['knn_pat']:.1f}"
+        row = rows.setdefault(file, [one["about"], str(one["epochs"]), knn, blocks])
+        found = line["metrics"]
+        row.append(f"{found['best']:.1f} ({found['best_threshold']}) / {found['auto']:.1f}")
+    heads = ["trained at", "epochs", "k-NN CLS / PAT, all blocks", "blocks kept", "VOC train", "COCO train"]
+    return markdown(heads, list(rows.values()))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -79,7 +79,8 @@ def test_options_named_alone_exist():
     known = set(ELSEWHERE)
     for module in ("pretrain", "zeroshot", "davis", "finetune", "demo", "benchmark", "checkpoint",
                    "studies.gpu", "studies.bench", "studies.ablation", "studies.layouts",
-                   "studies.inspect_data", "studies.masks", "studies.rivals", "studies.weights"):
+                   "studies.inspect_data", "studies.masks", "studies.rivals", "studies.tokens",
+                   "studies.weights"):
         known |= options(module)
     for probe in ("knn", "fewshot", "variance", "layers", "linseg", "retrieval"):
         known |= options("probes", probe)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import run
-from studies import results
+from studies import age, results
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_line_too_many_is_found(made):
 
 
 def test_the_mark_of_age_is_no_difference(made):
-    marked = made.replace("| mmc.pth, 240 px |", f"| mmc.pth, 240 px{results.MARK} |")
+    marked = made.replace("| mmc.pth, 240 px |", f"| mmc.pth, 240 px{age.MARK} |")
     assert not results.differences(marked, made)
 
 
@@ -54,14 +54,14 @@ def test_older_code_is_told_by_what_it_does_not_by_its_words(monkeypatch):
     def git(command, **_):
         commit = command[2].split(":")[0]
         return type("Done", (), {"returncode": int(commit not in texts), "stdout": texts.get(commit, "")})
-    monkeypatch.setattr(results.subprocess, "run", git)
-    results.code_of.cache_clear()
-    results.changed_since.cache_clear()
-    assert results.changed_since("old", "retrieval") == ""
-    assert "retrieval.py" in results.changed_since("older", "retrieval")
-    assert results.mark({"commit": None, "eval": "retrieval"}) == results.MARK
-    results.code_of.cache_clear()
-    results.changed_since.cache_clear()
+    monkeypatch.setattr(age.subprocess, "run", git)
+    age.code_of.cache_clear()
+    age.changed_since.cache_clear()
+    assert age.changed_since("old", "retrieval") == ""
+    assert "retrieval.py" in age.changed_since("older", "retrieval")
+    assert age.mark({"commit": None, "eval": "retrieval"}) == age.MARK
+    age.code_of.cache_clear()
+    age.changed_since.cache_clear()
 
 
 def test_lines_name_no_folder_of_one_machine():
