@@ -2,7 +2,7 @@
 
     python -m studies.ablation --out results/toy --seeds 0 1 2                # Table 4 on the toy world
     python -m studies.ablation --study decisions --out results/toy_decisions --seeds 0 1
-    python -m studies.ablation --out results/imagenette --coco COCO --voc VOC --finetune imagewoof -- \\
+    python -m studies.ablation --out out/imagenette --coco COCO --voc VOC --finetune imagewoof -- \\
         --data imagenette/train --arch vit_t --patch_size 8 --global_crops_size 96 --epochs 100
 
 The studies are table4, which losses are on; decisions, which the paper leaves open; and reconstruction, which
@@ -150,8 +150,8 @@ def run_variant(name: str, seed: int, args: argparse.Namespace) -> dict:
     row = {"study": args.study, "variant": name, "seed": seed, **settings}
     row |= json.loads((work / "results.json").read_text())
     row |= {"curve": curve_of(work), **evaluate(work, seed, args)}
-    return row | {"command": args.command, "device": device.type, "torch": about["torch"],
-                  "commit": about["commit"], "date": date.today().isoformat()}
+    return row | {"patch": PATCHES.get(name), "command": args.command, "device": device.type,
+                  "torch": about["torch"], "commit": run.commit(), "date": date.today().isoformat()}
 
 
 def curve_of(work: Path) -> list[list[float]]:

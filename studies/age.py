@@ -1,5 +1,5 @@
-"""Which rows of the page of results are of code older than the last change of the files they depend on, as
-far as the lines and git tell?  What a docstring or a comment says is no change."""
+"""Marks the rows of the page of results whose code has changed since they were measured, as far as the lines
+and git tell.  Changes of docstrings and comments do not count."""
 import ast
 import subprocess
 from functools import cache
@@ -26,13 +26,15 @@ def code_of(commit: str, file: str) -> str:
         found = subprocess.run(["git", "show", f"{commit}:{file}"], cwd=ROOT, capture_output=True, text=True)
     except OSError:                            # no git here
         return ""
+    if found.returncode:
+        return ""
     tree = ast.parse(found.stdout)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             del body[0]
-    return ast.dump(tree) if found.returncode == 0 else ""
+    return ast.dump(tree)
 
 
 @cache

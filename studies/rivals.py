@@ -11,8 +11,8 @@ CLS, k-NN PAT and the prompt mIoU at the best t.  With --final, each method trai
 setting that won, and everything is evaluated.
 
 DINO, iBOT and MAE's masks are the solutions of docs/exercises, in a copy of the code.  A second patch,
-studies/prototypes.patch, gives DINO and iBOT BatchNorm in the heads and prototypes that do not move: both
-need it at this scale.  Before all else a few steps of each setting are timed, on a CPU with one thread
+studies/prototypes.patch, gives DINO and iBOT BatchNorm in the heads and prototypes that do not move, and the
+best try of both has it.  Before all else a few steps of each setting are timed, on a CPU with one thread
 (OUT/speeds.jsonl), and from that follows the number of its epochs, a whole one.
 
 Each run is a line of OUT/tries.jsonl or OUT/final.jsonl; what is there is left out."""
@@ -95,7 +95,7 @@ METHODS = {  # method: its tries, each the patches and the options
     ],
 }
 MEASURES = [  # of the finals, by their key in final.jsonl, and {method: the paper's number}
-    (Column("seconds of training", "train_seconds", None, 0), {}),
+    (Column("seconds, by the timing", "train_seconds", None, 0), {}),
     (Column("images seen", "images", None, 0), {}),
     (Column("Table 11: k-NN PAT, imagenette", "knn_pat_imagenette"), {"MMC": "77.0"}),
     (Column("k-NN CLS, imagenette", "knn_cls_imagenette"), {"MMC": "77.5"}),
@@ -179,13 +179,12 @@ def code_with(patches: list[str], args) -> Path:
 def measure_speeds(args) -> None:
     """Add what is missing to OUT/speeds.jsonl, the seconds of a training image by `cost_of`: the fastest of
     some rounds through all settings, so that what else the machine does slows no method more than another."""
-    file = Path(args.out) / "speeds.jsonl"
+    device = distributed.pick_device(args.device)
     settings = {cost_of(*setting): setting for tries in METHODS.values() for setting in tries}
-    for row in run.read_lines(file):
-        settings.pop(row["cost"], None)
+    for cost in speeds(args, device):
+        settings.pop(cost, None)
     if not settings:
         return
-    device = distributed.pick_device(args.device)
     work = Path(args.work).resolve()
     images = part_of(Path(args.data), work / "timing", args.per_class) / "train"
     shutil.rmtree(images.with_name("val"))     # or k-NN on them would take most of the time
@@ -197,7 +196,14 @@ def measure_speeds(args) -> None:
             print(f"{1 / seconds:.1f} images/s: {cost}", flush=True)
             fastest[cost] = min(seconds, fastest.get(cost, seconds))
     for cost, seconds in fastest.items():
-        run.append_json(file, {"cost": cost, "seconds_per_image": seconds})
+        row = {"cost": cost, "seconds_per_image": seconds, "device": device.type}
+        run.append_json(Path(args.out) / "speeds.jsonl", row)
+
+
+def speeds(args, device: torch.device) -> dict[str, float]:
+    """{cost: seconds of an image} on this kind of device, as far as it was measured."""
+    rows = run.read_lines(Path(args.out) / "speeds.jsonl")
+    return {row["cost"]: row["seconds_per_image"] for row in rows if row["device"] == device.type}
 
 
 def words_of(options: str, device: torch.device) -> list[str]:
@@ -212,8 +218,7 @@ def train(patches: list[str], options: str, data: Path, folder: Path, seed: int,
     words = [*words_of(options, device), "--seed", str(seed)]
     images = data / "train" if (data / "train").is_dir() else data
     n_images = sum(1 for _ in images.glob("*/*"))
-    speeds = {row["cost"]: row for row in run.read_lines(Path(args.out) / "speeds.jsonl")}
-    of_image = speeds[cost_of(patches, options)]["seconds_per_image"]
+    of_image = speeds(args, device)[cost_of(patches, options)]
     epochs = max(round(args.seconds / of_image / n_images), 2)
     shutil.rmtree(folder, ignore_errors=True)
     began = clock(device)
@@ -330,7 +335,7 @@ def final_table(rows: list[dict]) -> str:
     lines = []
     for column, paper in MEASURES:
         texts = column_of(column, list(groups.values()))
-        texts = [text.removesuffix(" +- 0") for text in texts]         # a number of images is the same
+        texts = [text.removesuffix(" +- 0") for text in texts]         # equal for all seeds
         if any(texts):
             lines.append([column.head, *texts])
             if paper:
@@ -338,16 +343,37 @@ def final_table(rows: list[dict]) -> str:
     return markdown(["", *groups], lines)
 
 
+def check_data(data: Path, held_out: int = 100) -> None:
+    """Raises Mistake for a folder without classes, or with one that the held-out images would leave empty."""
+    sizes = {path.name: sum(1 for _ in path.iterdir()) for path in data.glob("*/") if path.is_dir()}
+    for name, size in sizes.items():
+        if size <= held_out:
+            raise run.Mistake(f"--data {data}: {name} has {size} files, and {held_out} of a class are held "
+                              "out to judge: expected class folders of more, such as imagenette/train")
+    if not sizes:
+        raise run.Mistake(f"--data {data}: expected class folders of train images, found none")
+
+
 def main(args: argparse.Namespace) -> None:
+    check_data(Path(args.data))
     out = Path(args.out)
     with run.writing(out, "--out "):
         out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     file = out / ("final.jsonl" if args.final else "tries.jsonl")
     key = "seed" if args.final else "try"
-    done = {(row["method"], row[key]) for row in run.read_lines(file)}
-    measure_speeds(args)
+    done = set()
+    for row in run.read_lines(file):
+        done.add((row["method"], row[key]))
+        if row.get("asked_seconds", args.seconds) != args.seconds:
+            raise run.Mistake(f"{file} has runs of {row['asked_seconds']:g} s, and --seconds is "
+                              f"{args.seconds:g}: give another --out")
     names = [name for name in args.methods if args.final or name != UNTRAINED]
+    if args.final:
+        for name in names:
+            if name != UNTRAINED:
+                best_try(name, args)           # raises now if one is missing, not after hours
+    measure_speeds(args)
     tries = max(len(METHODS[name]) for name in METHODS)
     for i in args.seeds if args.final else range(tries):
         for name in names:

@@ -68,7 +68,7 @@ def test_options_of_every_try_parse_and_its_epochs_follow_from_the_time(images, 
     def pretrain(code, options, device):
         options = [str(option) for option in options]
         seen.append(options)
-        folder = rivals.Path(options[options.index("--output_dir") + 1])
+        folder = Path(options[options.index("--output_dir") + 1])
         folder.mkdir(parents=True)
         (folder / "results.json").write_text('{"knn_cls": 30.0, "knn_pat": 20.0}')
         batch = int(options[options.index("--batch_size") + 1])
@@ -106,14 +106,14 @@ def test_the_best_try_needs_all_of_them(tmp_path):
     assert rivals.best_try("DINO", args)["try"] == 1
 
 
-def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, monkeypatch):
+def test_the_finals_take_the_best_setting_and_an_untrained_network(images, tmp_path, monkeypatch):
     for number, score in enumerate([20.0, 31.0, 30.0, 1.0]):
         run.append_json(tmp_path / "tries.jsonl", {"method": "DINO", "try": number, "score": score})
     seen = []
 
     def train(patches, options, data, folder, seed, args):
         seen.append((patches, options, seed))
-        return {"images": 900, "train_seconds": 8}
+        return {"images": 900, "train_seconds": 8, "asked_seconds": args.seconds}
 
     def measure(script, folder, *options):
         """What depends on the script and on the better mask only; the script must know all options, and write
@@ -132,7 +132,7 @@ def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, mon
     monkeypatch.setattr(rivals, "measure_speeds", lambda args: None)
     monkeypatch.setattr(rivals, "measure", measure)
     work = tmp_path / "work"
-    command = ["--data", "imagenette/train", "--out", str(tmp_path), "--work", str(work), "--device", "cpu",
+    command = ["--data", str(images), "--out", str(tmp_path), "--work", str(work), "--device", "cpu",
                "--voc", "VOC", "--coco", "COCO", "--davis", "DAVIS", "--knn", "imagenette",
                "--finetune", "imagewoof", "--final", "--methods", "DINO", "untrained"]
     rivals.main(rivals.get_args(command))
@@ -143,9 +143,23 @@ def test_the_finals_take_the_best_setting_and_an_untrained_network(tmp_path, mon
     keys = {measure.key for measure, _ in rivals.MEASURES if "imagewoof" not in measure.key}
     assert keys <= rows[0].keys() and rows[0]["voc"] == 20.0 and rows[0]["voc_better"] == 21.0
 
+    rivals.main(rivals.get_args(command))
+    assert len(seen) == 2 and len(run.read_lines(tmp_path / "final.jsonl")) == 4     # nothing is left to do
+    with pytest.raises(run.Mistake, match="has runs of 150 s, and --seconds is 7: give another --out"):
+        rivals.main(rivals.get_args([*command, "--seconds", "7"]))
+    with pytest.raises(run.Mistake, match="iBOT has 0 of 4 tries"):
+        rivals.main(rivals.get_args([*command, "iBOT"]))
+
     first, other = (checkpoint.load_backbone(work / f"untrained_final_{seed}" / "backbone.pth")[0]
                     for seed in (0, 1))
     assert first.config["img_size"] == 48 and not torch.equal(first.pos_embed, other.pos_embed)
+
+
+@pytest.mark.parametrize("folder, message", [("none", "expected class folders of train images, found none"),
+                                             ("data", "has 130 files, and 130 of a class are held out")])
+def test_data_that_cannot_be_divided(images, folder, message):
+    with pytest.raises(run.Mistake, match=message):
+        rivals.check_data(images.with_name(folder), held_out=130)
 
 
 def test_tables_by_hand():
@@ -183,11 +197,12 @@ def test_settings_that_cost_the_same_are_timed_once_at_their_fastest(images, tmp
                             "--work", str(tmp_path / "work"), "--per_class", "2", "--methods", "untrained"])
     rivals.measure_speeds(args)
     assert run.read_lines(tmp_path / "speeds.jsonl") == [
-        {"cost": "--noise_p 1", "seconds_per_image": 2.0},
-        {"cost": "mae --drop_perc .1 .5 --w_rec 0", "seconds_per_image": 5.0}]
+        {"cost": "--noise_p 1", "seconds_per_image": 2.0, "device": "cpu"},
+        {"cost": "mae --drop_perc .1 .5 --w_rec 0", "seconds_per_image": 5.0, "device": "cpu"}]
+    assert rivals.speeds(args, torch.device("cuda")) == {}
 
     monkeypatch.setitem(settings, "c", [([], "--drop_perc .1 .5")])    # only what is new is timed
     seconds = iter([8.0, 7.0, 8.0, 8.0])
     rivals.measure_speeds(args)
     assert run.read_lines(tmp_path / "speeds.jsonl")[2:] == [
-        {"cost": "--drop_perc .1 .5", "seconds_per_image": 7.0}]
+        {"cost": "--drop_perc .1 .5", "seconds_per_image": 7.0, "device": "cpu"}]
