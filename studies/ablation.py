@@ -151,7 +151,8 @@ def run_variant(name: str, seed: int, args: argparse.Namespace) -> dict:
     row |= json.loads((work / "results.json").read_text())
     row |= {"curve": curve_of(work), **evaluate(work, seed, args)}
     return row | {"patch": PATCHES.get(name), "command": args.command, "device": device.type,
-                  "torch": about["torch"], "commit": run.commit(), "date": date.today().isoformat()}
+                  "torch": about["torch"], "commit": about["commit"] or run.commit(),  # a copy has none
+                  "date": date.today().isoformat()}
 
 
 def curve_of(work: Path) -> list[list[float]]:

@@ -200,7 +200,8 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
         "knn_cls": 40.0, "knn_pat": 20.0, "knn_cls_untrained": 10.0, "knn_pat_untrained": 10.0,
         "seconds": 7.5, "curve": [[0, 10.0, 5.0], [2, 40.0, 20.0]],
         "coco": 30.0, "coco_auto": 31.0, "coco_overlap": 0.7, "voc": 30.0, "voc_auto": 31.0,
-        "voc_overlap": 0.7, "finetune": 50.0, "device": "cpu", "torch": "2.11", "commit": "abc1234"}
+        "voc_overlap": 0.7, "finetune": 50.0, "patch": None, "device": "cpu", "torch": "2.11",
+        "commit": "abc1234"}
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| w_cls 1 | 1 | 40.0 | 20.0 | 30.0 | 31.0 | 0.700 | 30.0 | 31.0 | 0.700 | 50.0 | 7.5 |" in table
 
