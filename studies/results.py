@@ -190,7 +190,7 @@ def studies_part() -> str:
 Digits: rec, cls, pat, 1 = on. k-NN at k = 10 in %, chance is 10; "fine-tuned" is on imagewoof; mean and
 standard deviation over the seeds. A standard deviation of two seeds says little.
 
-**imagenette at 48 px, 20 epochs**, on an {imagenette[-1]['gpu']} that 14 runs shared, so each took eight minutes;
+**imagenette at 48 px, 20 epochs**, on an {imagenette[-1]['gpu']} that 14 runs shared, so each took 8 minutes;
 evaluated on a CPU, COCO and VOC at 240 px. The second seeds of 100, 001 and 101 are not there:
 
 ```sh
@@ -238,6 +238,7 @@ def reconstruction_part() -> str:
     toy = [row for row in lines_of("toy/results.jsonl") if row["variant"] in names]
     rows = [row | {"variant": names[row["variant"]]} for row in toy]
     rows += lines_of("toy_reconstruction/results.jsonl")
+    rows = [row for row in rows if row["seed"] in (0, 1)]              # those that all have
     return f"""## When does reconstruction help?
 
 What the patch tokens of the networks of 20 epochs above have in common, in the last block, on 500 validation
@@ -252,10 +253,29 @@ This may be why it helps late: from the tenth epoch to the last, the PAT of 011 
 the two seeds, that of 111 by 4.1 and 3.4. It is not all: rec does the same to the tokens of cls alone, and
 takes of their PAT.
 
-The toy world, where rec takes from PAT: `python -m studies.ablation --study reconstruction --out
-results/toy_reconstruction --seeds 0 1`, with the rows 011 and 111 of the toy table above as w_rec 0 and 1:
+**The toy world**, where rec takes from PAT: `python -m studies.ablation --study reconstruction --out
+results/toy_reconstruction --seeds 0 1`. w_rec 0 and 1 are 011 and 111 of the toy table above, the same seeds:
 
-{ablation.table(rows, "reconstruction")}"""
+{ablation.table(rows, "reconstruction")}
+**imagenette, 5 epochs**, where rec does not help yet; `--out results/reconstruction --seeds 0 1 --coco coco
+--voc VOCdevkit --zeroshot_options "--size 240 --limit 80" -- --data imagenette/train "${{SMALL[@]}}" --epochs
+5`:
+
+{study('reconstruction')}
+The lines of w_rec 0 and 1 there are of earlier code, and store no commit. What two seeds show, each beside
+the same seed of w_rec 1:
+
+- **How much is corrupted** matters most. With half of it, CLS on the toy rises by 13 points and PAT by 21 and
+  28, and the click falls by 8 and 13. There, too, rec takes from PAT, 10 and 3 points, and adds 6 and 1 to
+  the click.
+- **Pixels normalised per patch**, as MAE's, add 1 to 5 points of CLS on the toy, in a third seed, too, and on
+  imagenette 1 to 2 of CLS and of PAT. They take up to 1.4 of the click on the toy, and 0.9 on COCO. On the
+  toy their PAT is 21 points higher in one seed and 1 lower in the other.
+- **The weight of rec**, 0.3 or 3, and **its block** change PAT by 2 to 14 points, up in one seed and down in
+  the other: two seeds cannot tell.
+
+So on the toy rec costs PAT at either share of corruption, and gives a little of the click.
+"""
 
 
 # ------------------------------------------------- other methods
