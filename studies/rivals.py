@@ -58,6 +58,7 @@ IBOT = "--w_rec 0 --temp .1 --patch_tokens masked --noise_p 1"
 CONTRAST = "--w_rec 0 --w_pat 0"
 HEADS = ["dino_ibot", "prototypes"]
 ROUNDS = 4                                     # of timing
+HELD_OUT = 100                                 # images of a class, to judge the tries
 SAME_COST = re.compile(                        # options that hardly change the time of an image
     r"--(lr|temp|momentum_teacher|batch_size) \S+|--w_\w+ (?!0( |$))\S+")
 UNTRAINED = "untrained"                        # a row of the finals: the network before any training
@@ -118,12 +119,12 @@ MEASURES = [  # of the finals, by their key in final.jsonl, and {method: the pap
 
 # ------------------------------------------------- data and code of a run
 def part_of(data: Path, work: Path, per_class: int) -> Path:
-    """A folder with train/ and val/ of links: per_class and 100 images of each class of data, apart."""
+    """A folder with train/ and val/ of links: per_class and HELD_OUT images of each class, apart."""
     part = work / f"part_{per_class}"
     shutil.rmtree(part, ignore_errors=True)            # it may be of other data, or half made
     for folder in sorted(path for path in data.iterdir() if path.is_dir()):
         files = sorted(folder.iterdir())
-        held_out = set(evenly(100, len(files)))
+        held_out = set(evenly(HELD_OUT, len(files)))
         rest = [i for i in range(len(files)) if i not in held_out]
         chosen = {rest[i] for i in evenly(per_class, len(rest))}
         for split, indices in (("train", chosen), ("val", held_out)):
@@ -343,7 +344,7 @@ def final_table(rows: list[dict]) -> str:
     return markdown(["", *groups], lines)
 
 
-def check_data(data: Path, held_out: int = 100) -> None:
+def check_data(data: Path, held_out: int = HELD_OUT) -> None:
     """Raises Mistake for a folder without classes, or with one that the held-out images would leave empty."""
     sizes = {path.name: sum(1 for _ in path.iterdir()) for path in data.glob("*/") if path.is_dir()}
     for name, size in sizes.items():
