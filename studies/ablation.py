@@ -58,8 +58,9 @@ STUDIES = {  # study: {variant: options of pretrain.py}
         "head norm none": "--head_norm none",
         "4 local crops": "--local_crops_number 4 --local_crops_size 24",
         "10 local crops": "--local_crops_number 10 --local_crops_size 24",
-        "factor 2 tau": "--w_pat 0.4 --w_cls 0.12",        # of 1 and 0.3, as in results/toy_decisions
-        "w_cls 1": "--w_cls 1",
+        "blocks inside the image": "--no-even_blocks",
+        "factor 2 tau": "--w_pat 0.4 --w_cls 0.4",
+        "w_cls 0.3": "--w_cls 0.3",
         "w_pat 3": "--w_pat 3",
     },
     "reconstruction": {

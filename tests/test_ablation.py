@@ -174,16 +174,16 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
     scripts = Scripts()
     monkeypatch.setattr(ablation, "call", scripts)
     command = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--study", "decisions",
-               "--variants", "w_cls 1", "--seeds", "3", "--coco", "COCO", "--voc", "VOC",
+               "--variants", "w_pat 3", "--seeds", "3", "--coco", "COCO", "--voc", "VOC",
                "--finetune", "DATA", "--zeroshot_options", "--size 240", "--finetune_options", "--epochs 1",
                "--", "--lr", "1e-3"]
     ablation.main(ablation.get_args(command))
 
-    work = tmp_path / "work" / "w_cls_1_3"
+    work = tmp_path / "work" / "w_pat_3_3"
     file = str(work / "evaluation.jsonl")
     weights = ["--ckpt", str(work / "backbone.pth")]
     assert scripts.calls == [
-        ["pretrain", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_cls", "1"],
+        ["pretrain", "--output_dir", str(work), "--seed", "3", "--lr", "1e-3", "--w_pat", "3"],
         ["zeroshot", "--coco", "COCO", "--size", "240", *weights, "--json", file],
         ["zeroshot", "--voc", "VOC", "--size", "240", *weights, "--json", file],
         ["finetune", "--data", "DATA", "--output_dir", str(work / "finetune"), "--seed", "3",
@@ -194,7 +194,7 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
     assert len(today.split("-")) == 3
     assert line.pop("command").startswith("python -m studies.ablation --out ")
     assert line == {
-        "study": "decisions", "variant": "w_cls 1", "seed": 3, "options": ["--lr", "1e-3", "--w_cls", "1"],
+        "study": "decisions", "variant": "w_pat 3", "seed": 3, "options": ["--lr", "1e-3", "--w_pat", "3"],
         "evaluation": {"coco": "COCO", "voc": "VOC", "zeroshot": "--size 240",
                        "finetune": ["DATA", "--epochs 1"]},
         "knn_cls": 40.0, "knn_pat": 20.0, "knn_cls_untrained": 10.0, "knn_pat_untrained": 10.0,
@@ -203,7 +203,7 @@ def test_a_line_holds_all_that_was_measured_and_where_it_comes_from(tmp_path, mo
         "voc_overlap": 0.7, "finetune": 50.0, "patch": None, "device": "cpu", "torch": "2.11",
         "commit": "abc1234"}
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| w_cls 1 | 1 | 40.0 | 20.0 | 30.0 | 31.0 | 0.700 | 30.0 | 31.0 | 0.700 | 50.0 | 7.5 |" in table
+    assert "| w_pat 3 | 1 | 40.0 | 20.0 | 30.0 | 31.0 | 0.700 | 30.0 | 31.0 | 0.700 | 50.0 | 7.5 |" in table
 
 
 def test_an_interrupted_study_does_only_what_is_missing(tmp_path, monkeypatch):
