@@ -64,21 +64,38 @@ def take_away(maps: Tensor, z: Tensor, background: Tensor) -> Tensor:
     return maps.masked_fill(rival > maps, -1.0)
 
 
-def auto_threshold(maps: Tensor, clicks: int = 1, centre: bool = False) -> Tensor:
-    """A threshold for each map, between its mean, the level of what is not meant, and its maximum, the
-    clicked token; nearer to the maximum the more clicks share the work.
+def agreement(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
+    """How similar the clicks of a prompt are to each other, joined as its map is: the level of what is meant.
 
-        t = mean + (1 - c / sqrt(clicks)) (max - mean),   c = 0.5, or 0.35 for centred tokens
+    z: (N, D) normalised.  points: (Q, n).  Returns (Q, 1), not finite where no two tokens were clicked."""
+    clicked = z[points]
+    cosines = clicked @ clicked.mT                                     # (Q, n, n)
+    same = points[:, :, None] == points[:, None]
+    if combine == "mean":
+        levels = cosines.masked_fill(same, torch.nan).nanmean(-1)
+    else:
+        levels = cosines.masked_fill(same, -torch.inf).amax(-1)
+    return levels.mean(-1, keepdim=True)
 
-    A compromise, chosen on 160 train images of COCO and VOC with one strong ViT-S.  On their val images its
-    IoU was between 6 points below and 5 above that of the best single threshold, for 1 to 5 clicks, joined
-    by max or mean, with and without background; with weak features it can be far below.
-    maps: (..., N), before `take_away`.  Returns (..., 1)."""
+
+def auto_threshold(maps: Tensor, level: Tensor | None = None, centre: bool = False) -> Tensor:
+    """A threshold for each map, between its mean, the level of what is not meant, and that of what is:
+
+        one click       t = mean + c (max - mean),   c = 0.5, or 0.65 for centred tokens
+        several         t = mean + 0.95 (level - mean)
+
+    Chosen on 160 train images of COCO and VOC.  One click has no other to be compared with, so c is a
+    compromise, made with one strong ViT-S; with weak features the IoU can be far below that of the best
+    single threshold.  docs/MASKS.md has what both give.
+    maps: (..., N), before `take_away`.  level: (..., 1), of `agreement`.  Returns (..., 1)."""
     low = maps.mean(-1, keepdim=True)
     high = maps.amax(-1, keepdim=True)
-    c = 0.35 if centre else 0.5
-    share = 1 - c / clicks**0.5
-    return low + share * (high - low)
+    c = 0.65 if centre else 0.5
+    one = low + c * (high - low)
+    if level is None:
+        return one
+    several = low + 0.95 * (level - low)
+    return torch.where(level.isfinite(), several, one)
 
 
 def prompt_maps(
@@ -94,7 +111,7 @@ def prompt_maps(
     if centre:
         z = centred(z)
     maps = similarity_map(z, points, combine)
-    auto = auto_threshold(maps, points.shape[1], centre)
+    auto = auto_threshold(maps, agreement(z, points, combine), centre)
     if background is not None:
         maps = take_away(maps, z, background)
     return maps, auto

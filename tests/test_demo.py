@@ -23,7 +23,16 @@ from scipy.ndimage import label
 import demo
 import zeroshot
 from checkpoint import load_backbone
-from clicks import auto_threshold, picture_tokens, segment, similarity_map, take_away, to_pixels, token_at
+from clicks import (
+    agreement,
+    auto_threshold,
+    picture_tokens,
+    segment,
+    similarity_map,
+    take_away,
+    to_pixels,
+    token_at,
+)
 from images import BadImage
 from run import Mistake
 from toy import scene
@@ -146,7 +155,9 @@ def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
     on = [token_at(p, (64, 80), (64, 80), 8, S) for p in on]
     off = [token_at(p, (64, 80), (64, 80), 8, S) for p in off]
     maps = similarity_map(z, torch.tensor([on]))
-    t = auto_threshold(maps, 2).item() if threshold == "auto" else threshold
+    t = threshold
+    if threshold == "auto":
+        t = auto_threshold(maps, agreement(z, torch.tensor([on]))).item()
     maps = take_away(maps, z, torch.tensor([off]))
     mask = segment(to_pixels(maps, grid, 8, S, not paper), t)[0].numpy()
     if not paper:
