@@ -65,9 +65,10 @@ def take_away(maps: Tensor, z: Tensor, background: Tensor) -> Tensor:
 
 
 def agreement(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
-    """How similar the clicks of a prompt are to each other, joined as its map is: the level of what is meant.
+    """How similar the clicks of a prompt are: of each its cosine to the most similar other one, or with
+    "mean" its mean cosine to the others, averaged over the clicks.
 
-    z: (N, D) normalised.  points: (Q, n).  Returns (Q, 1), not finite where no two tokens were clicked."""
+    z: (N, D) normalised.  points: (Q, n).  Returns (Q, 1), 1 where all clicks are on the same token."""
     clicked = z[points]
     cosines = clicked @ clicked.mT                                     # (Q, n, n)
     same = points[:, :, None] == points[:, None]
@@ -75,27 +76,35 @@ def agreement(z: Tensor, points: Tensor, combine: str = "max") -> Tensor:
         levels = cosines.masked_fill(same, torch.nan).nanmean(-1)
     else:
         levels = cosines.masked_fill(same, -torch.inf).amax(-1)
+    levels = levels.masked_fill(same.all(-1), 1.0)
     return levels.mean(-1, keepdim=True)
 
 
-def auto_threshold(maps: Tensor, level: Tensor | None = None, centre: bool = False) -> Tensor:
-    """A threshold for each map, between its mean, the level of what is not meant, and that of what is:
+def auto_threshold(
+    maps: Tensor,
+    clicks: int = 1,
+    level: Tensor | None = None,
+    centre: bool = False,
+) -> Tensor:
+    """A threshold for each map, between its mean, the level of what is not meant, and its maximum, the
+    clicked token; nearer to the maximum the more clicks share the work.
 
-        one click       t = mean + c (max - mean),   c = 0.5, or 0.65 for centred tokens
-        several         t = mean + 0.95 (level - mean)
+        top = (1 - c / sqrt(clicks)) (max - mean),   c = 0.5, or 0.35 for centred tokens
+        t   = mean + top                             for one click
+        t   = mean + (top + (level - mean)) / 2      for several, level - mean within 0 and top
 
-    Chosen on 160 train images of COCO and VOC.  One click has no other to be compared with, so c is a
-    compromise, made with one strong ViT-S; with weak features the IoU can be far below that of the best
-    single threshold.  docs/MASKS.md has what both give.
-    maps: (..., N), before `take_away`.  level: (..., 1), of `agreement`.  Returns (..., 1)."""
+    Clicks that differ from each other lower t, so that the mask grows to what lies between them; none raise
+    it above mean + top.  c is a compromise, chosen on 160 train images of COCO and VOC with one strong ViT-S;
+    with weak features the IoU can be far below that of the best single threshold (docs/MASKS.md).
+    maps: (..., N), before `take_away`.  level: (..., 1), see `agreement`.  Returns (..., 1)."""
     low = maps.mean(-1, keepdim=True)
     high = maps.amax(-1, keepdim=True)
-    c = 0.65 if centre else 0.5
-    one = low + c * (high - low)
+    c = 0.35 if centre else 0.5
+    top = (1 - c / clicks**0.5) * (high - low)
     if level is None:
-        return one
-    several = low + 0.95 * (level - low)
-    return torch.where(level.isfinite(), several, one)
+        return low + top
+    own = torch.minimum((level - low).clamp(min=0), top)
+    return low + (top + own) / 2
 
 
 def prompt_maps(
@@ -111,7 +120,8 @@ def prompt_maps(
     if centre:
         z = centred(z)
     maps = similarity_map(z, points, combine)
-    auto = auto_threshold(maps, agreement(z, points, combine), centre)
+    level = agreement(z, points, combine)
+    auto = auto_threshold(maps, points.shape[1], level, centre)
     if background is not None:
         maps = take_away(maps, z, background)
     return maps, auto

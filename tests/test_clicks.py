@@ -41,43 +41,52 @@ def test_background_of_a_target_that_fills_the_image():
 def test_segment():
     s = torch.tensor([[1.0, 0.9, 0.8, 0.1, 0.0, 0.1, 0.05, 0.1], [1.0, 0.5, 0.4, 0.5, 0.45, 0.4, 0.5, 0.3]])
     assert clicks.segment(s).sum(1).tolist() == [3, 1]
+    assert (s >= clicks.auto_threshold(s, 8)).sum(1).tolist() == [2, 1]
     assert clicks.auto_threshold(s)[1, 0].item() == pytest.approx((1 + 4.05 / 8) / 2)
     assert clicks.segment(s, 0.45).sum(1).tolist() == [3, 5]
     assert clicks.segment(torch.ones(4)).all()  # nothing to tell apart
 
 
-def test_the_automatic_threshold_is_a_share_of_the_way_from_the_mean():
+def test_the_automatic_threshold_rises_with_the_clicks():
     s = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
-    assert clicks.auto_threshold(s).item() == pytest.approx(0.2 + 0.5 * 0.8)
-    assert clicks.auto_threshold(s, centre=True).item() == pytest.approx(0.2 + 0.65 * 0.8)
-    level = torch.tensor([0.6])
-    assert clicks.auto_threshold(s, level).item() == pytest.approx(0.2 + 0.95 * 0.4)
-    assert clicks.auto_threshold(s, level, centre=True).item() == pytest.approx(0.2 + 0.95 * 0.4)
+    shares = [(clicks.auto_threshold(s, n).item() - 0.2) / 0.8 for n in (1, 4, 25)]
+    assert shares == pytest.approx([0.5, 0.75, 0.9])
+    shares = [(clicks.auto_threshold(s, n, centre=True).item() - 0.2) / 0.8 for n in (1, 4, 25)]
+    assert shares == pytest.approx([0.65, 0.825, 0.93])
+
+
+def test_clicks_that_differ_lower_it_and_none_raise_it():
+    """Half of the way is that of the level, which counts from the mean, 0.2, to that of alike clicks, 0.8."""
+    s = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    levels = torch.tensor([[-0.5], [0.2], [0.6], [0.8], [1.0]])
+    t = clicks.auto_threshold(s, 4, levels)[:, 0].tolist()
+    assert t == pytest.approx([0.5, 0.5, 0.7, 0.8, 0.8])
+    alike = clicks.auto_threshold(s, 4, torch.tensor([1.0]), centre=True)
+    assert torch.equal(alike, clicks.auto_threshold(s, 4, centre=True))
 
 
 @pytest.mark.parametrize("combine, join", [("max", max), ("mean", lambda values: sum(values) / len(values))])
-def test_the_level_of_several_clicks_is_how_alike_they_are(combine, join):
-    """A plain loop: each click against the others, the same token counting as one click."""
-    z = unit(30, 8)
-    prompts = [[3, 7, 20, 7], [1, 2, 3, 4], [5, 6, 6, 6]]
-    for row, got in zip(prompts, clicks.agreement(z, torch.tensor(prompts), combine), strict=True):
-        levels = [join([float(z[i] @ z[j]) for j in row if j != i]) for i in row]
-        assert got.item() == pytest.approx(sum(levels) / len(levels), abs=1e-6)
-
-
-@pytest.mark.parametrize("combine", ["max", "mean"])
-@pytest.mark.parametrize("centre", [False, True])
-def test_a_repeated_click_is_one_click(combine, centre):
-    z = unit(30, 8)
-    one, two = (clicks.prompt_maps(z, torch.tensor([row]), None, combine, centre) for row in ([4], [4, 4]))
-    torch.testing.assert_close(one, two)
+@pytest.mark.parametrize("centre, c", [(False, 0.5), (True, 0.35)])
+def test_several_clicks_by_hand(combine, join, centre, c):
+    """A plain loop over prompts: one whose clicks differ, one with a token twice, one of a single token."""
+    z = F.normalize(unit(30, 8) + 0.7 * unit(8, seed=5), dim=-1)
+    prompts = [[3, 7, 20, 11], [3, 7, 20, 7], [6, 6, 6, 6]]
+    maps, got = clicks.prompt_maps(z, torch.tensor(prompts), None, combine, centre)
+    z = clicks.centred(z) if centre else z
+    for row, line, t in zip(prompts, maps.tolist(), got, strict=True):
+        others = [[float(z[i] @ z[j]) for j in row if j != i] for i in row]
+        level = sum(join(cosines) if cosines else 1.0 for cosines in others) / 4
+        mean = sum(line) / 30
+        top = (1 - c / 2) * (max(line) - mean)
+        assert t.item() == pytest.approx(mean + (top + min(max(level - mean, 0), top)) / 2, abs=1e-6)
 
 
 def test_a_click_on_another_part_of_the_object_adds_that_part():
-    """Two halves of an object, each alike in itself, and a background that is like neither."""
+    """Two halves of an object, each alike in itself, and a background that is like neither.  A second click
+    on the same half takes nothing away."""
     halves = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1.0]])
     z = F.normalize(halves.repeat_interleave(torch.tensor([5, 5, 20]), 0) + 0.1 * unit(30, 3), dim=-1)
-    for points, parts in (([0], [5, 0, 0]), ([0, 7], [5, 5, 0])):
+    for points, parts in (([0], [5, 0, 0]), ([0, 7], [5, 5, 0]), ([0, 1], [5, 0, 0])):
         maps, t = clicks.prompt_maps(z, torch.tensor([points]))
         assert [part.sum().item() for part in (maps[0] >= t[0]).split([5, 5, 20])] == parts
 

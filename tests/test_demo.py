@@ -157,7 +157,7 @@ def test_the_mask_is_that_of_zeroshot(networks, threshold, stride, paper):
     maps = similarity_map(z, torch.tensor([on]))
     t = threshold
     if threshold == "auto":
-        t = auto_threshold(maps, agreement(z, torch.tensor([on]))).item()
+        t = auto_threshold(maps, 2, agreement(z, torch.tensor([on]))).item()
     maps = take_away(maps, z, torch.tensor([off]))
     mask = segment(to_pixels(maps, grid, 8, S, not paper), t)[0].numpy()
     if not paper:
