@@ -6,7 +6,7 @@
 
 Protocol (prompts.py).  The image is stretched to 480x480 (the nearest multiple of the patch); tokens of the
 last block after the final norm, L2-normalised; mask = cosine to the prompt's patch >= t, t = 0, .1 ... .9;
-"best" = best single t, "auto" = a threshold that each map chooses itself, "all" = the mask that takes
+"best" = best single t, "auto" = a threshold from the similarities alone, "all" = the mask that takes
 everything.  Ours where the paper is silent, and options: target = union of a category's objects; prompt = a
 random patch of it; targets below 3 patches left out; truth at patches by majority; mean over an image's
 categories, then over images, with three other means below it.
