@@ -285,8 +285,7 @@ the same seeds:
 5`:
 
 {study('reconstruction')}
-The second seeds of w_rec 0 and 1 there are of earlier code and store no commit; the first ones, run again,
-gave every digit that it had given. What two seeds show, each beside the same seed of w_rec 1:
+What two seeds show, each beside the same seed of w_rec 1:
 
 - **How much is corrupted** matters most. With half of it (`--drop_perc 0.25 0.375 --drop_replace 0.15`), CLS
   on the toy rises by 13 points and PAT by 21 and 28, and the click falls by 8 and 13. There, too, rec takes
